@@ -1,0 +1,232 @@
+"""How well feedback and forward weights align, layer by layer.
+
+For each kernel of an FA layer:
+
+- `angle`: between B and W, in degrees. 0 is backpropagation, 90 is chance.
+- `norm_ratio`: `||B|| / ||W||`.
+- `sign_agreement`: the share of weights whose B and W have the same sign, in
+  percent. 50 is chance.
+- `gradient_angle`: between the gradient that the kernel receives and the one
+  that backpropagation would give it, on a probe batch, in degrees. Below 90
+  the update goes downhill.
+
+An angle with a vector of zeros (a dead layer) is NaN.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_fa import gradients
+from keras_fa.layers.direct import StopError
+from keras_fa.layers.feedback import FeedbackLayer
+from keras_fa.layers.feedback import FeedbackPath
+from keras_fa.layers.feedback import feedback_layers
+
+
+def alignment(
+    model: keras.Model, x: Any, y: Any, loss: Any = None
+) -> dict[str, dict[str, float]]:
+    """Measures the alignment of every FA layer of a model on one batch.
+
+    The two gradients of `gradient_angle` are those of the loss between `y` and
+    the model's output in training mode, without regularisation penalties,
+    before the optimizer. Both are taken with the same weights, dropout masks
+    and batch statistics; nothing of the model's state moves.
+
+    Args:
+        model: A built model.
+        x: A batch of inputs.
+        y: The batch's targets.
+        loss: A Keras loss, its name or a function of `(y, output)`. Default
+            `None`: the one that the model was compiled with.
+
+    Returns:
+        A dict of layer name to a dict of `angle` (degrees), `norm_ratio`,
+        `sign_agreement` (percent) and `gradient_angle` (degrees). Layers with
+        two kernels have an entry for each, `"<layer>/<kernel>"`. Under DFA,
+        where no error passes through B, only `gradient_angle`.
+
+    Raises:
+        ValueError: If there is no loss.
+
+    Example:
+
+    ```python
+    import numpy as np
+    import keras
+    from keras_fa import FADense
+    from keras_fa.alignment import alignment
+
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            FADense(16, activation="relu", name="hidden"),
+            FADense(4, name="readout"),
+        ]
+    )
+    x, y = np.random.normal(size=(32, 8)), np.zeros((32, 4))
+    measures = alignment(model, x, y, loss="mse")
+    assert measures["readout"]["gradient_angle"] < 0.1  # its update is exact
+    assert measures["hidden"]["gradient_angle"] > 1.0
+    ```
+    """
+    return alignment_function(model, loss)(x, y)
+
+
+def alignment_function(
+    model: keras.Model, loss: Any = None
+) -> Callable[[Any, Any], dict[str, dict[str, float]]]:
+    """As `alignment`, compiled once for many batches.
+
+    Args:
+        model: A built model.
+        loss: As for `alignment`.
+
+    Returns:
+        A function of `(x, y)` that returns what `alignment` does.
+
+    Raises:
+        ValueError: If there is no loss.
+    """
+    loss = _loss_function(model, loss)
+    owners = [
+        (layer, path)
+        for layer in feedback_layers(model)
+        for path in layer.feedback_paths
+    ]
+    kernels = [path.kernel for _, path in owners]
+    direct = any(isinstance(inner, StopError) for inner in model._flatten_layers())
+
+    def kernel_gradients(x, y):
+        # What the forward pass assigns (statistics, random state) goes to the
+        # scope and is dropped with it, so that both passes start from the
+        # same state and leave none behind.
+        with keras.StatelessScope(initialize_variables=False):
+            return gradients.gradients_of(
+                lambda: loss(y, model(x, training=True)), kernels
+            )
+
+    @gradients.compiled
+    def measure(x, y):
+        received = kernel_gradients(x, y)
+        with gradients.backpropagation():
+            exact = kernel_gradients(x, y)
+        rows = []
+        for (_, path), got, wanted in zip(owners, received, exact):
+            row = {} if direct else _of_path(path)
+            row["gradient_angle"] = angle(got, wanted)
+            rows.append(row)
+        return rows
+
+    def measured(x, y):
+        rows = measure(*keras.tree.map_structure(ops.convert_to_tensor, (x, y)))
+        return {
+            path_name(layer, path): {
+                name: float(value) for name, value in row.items()
+            }
+            for (layer, path), row in zip(owners, rows)
+        }
+
+    return measured
+
+
+def _loss_function(model: keras.Model, loss: Any) -> Callable[[Any, Any], Any]:
+    if loss is None:
+        loss = getattr(model, "loss", None)
+    if not isinstance(loss, str) and not callable(loss):
+        raise ValueError(
+            "The gradient's angle needs one loss function: give `loss`, or "
+            "compile the model with a single loss. Received: "
+            f"loss={loss}"
+        )
+    loss = keras.losses.get(loss)
+    return lambda y, output: ops.mean(loss(y, output))
+
+
+def _of_path(path: FeedbackPath) -> dict[str, Any]:
+    kernel = ops.convert_to_tensor(path.kernel)
+    with keras.StatelessScope(initialize_variables=False):
+        feedback = path.effective(kernel)
+    return {
+        "angle": angle(feedback, kernel),
+        "norm_ratio": norm_ratio(feedback, kernel),
+        "sign_agreement": sign_agreement(feedback, path.signed(kernel)),
+    }
+
+
+def path_name(layer: FeedbackLayer, path: FeedbackPath) -> str:
+    """The name of a kernel among all of a model: its layer's, if it is one."""
+    if len(layer.feedback_paths) == 1:
+        return layer.name
+    return f"{layer.name}/{path.kernel.name}"
+
+
+def angle(a: Any, b: Any) -> Any:
+    """The angle between two tensors, taken as vectors.
+
+    `2 atan2(||u - v||, ||u + v||)` with u and v the unit vectors, which is
+    exact near 0 and 180, where the arc cosine is not.
+
+    Args:
+        a: A tensor.
+        b: A tensor of the same shape.
+
+    Returns:
+        A scalar tensor, degrees in [0, 180]; NaN if one of them is zero.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_fa.alignment import angle
+
+    assert abs(float(angle(np.array([1.0, 0.0]), np.array([1.0, 1.0]))) - 45) < 1e-4
+    ```
+    """
+    u, v = _unit(a), _unit(b)
+    half = ops.arctan2(_norm(u - v), _norm(u + v))
+    return 2.0 * half * (180.0 / np.pi)
+
+
+def norm_ratio(a: Any, b: Any) -> Any:
+    """`||a|| / ||b||`, a scalar tensor; NaN if b is zero.
+
+    Args:
+        a: A tensor.
+        b: A tensor.
+    """
+    return _norm(a) / _nonzero(_norm(b))
+
+
+def sign_agreement(a: Any, b: Any) -> Any:
+    """The share of elements of equal sign, in percent, a scalar tensor.
+
+    Args:
+        a: A tensor.
+        b: A tensor of the same shape.
+    """
+    same = ops.equal(ops.sign(_float(a)), ops.sign(_float(b)))
+    return 100.0 * ops.mean(ops.cast(same, "float32"))
+
+
+def _float(a: Any) -> Any:
+    return ops.cast(ops.convert_to_tensor(a), "float32")
+
+
+def _norm(a: Any) -> Any:
+    return ops.sqrt(ops.sum(ops.square(_float(a))))
+
+
+def _unit(a: Any) -> Any:
+    # Scaled by the largest element first: squares of small gradients vanish.
+    a = _float(a)
+    a = a / _nonzero(ops.max(ops.abs(a)))
+    return a / _norm(a)
+
+
+def _nonzero(value: Any) -> Any:
+    return ops.where(value > 0, value, np.nan)

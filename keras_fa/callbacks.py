@@ -1,0 +1,224 @@
+"""Callbacks: strict normalization, and a look at alignment while training."""
+
+import math
+import weakref
+from typing import Any
+
+import keras
+
+from keras_fa import gradients
+from keras_fa.alignment import alignment_function
+from keras_fa.layers.feedback import FeedbackPath
+from keras_fa.layers.feedback import feedback_layers
+
+
+class StrictNormalization(keras.callbacks.Callback):
+    """Gives B the norm of W: at the start of training and after every batch.
+
+    It rescales the stored feedback kernel of each layer so that
+    `||B_t|| = ||W_t||` for the B that carries the error. With
+    `feedback_initializer="constant"` and `SignConcordance` that is strict
+    normalization, `B_t = ||W_t|| sign(W_t) / ||sign(W_t)||`. Left as they are:
+    layers without a rule (FA), with nothing stored, and those whose rule has a
+    `fixed_magnitude` (uSF Init.). All layers are rescaled in one compiled call.
+
+    Raises:
+        ValueError: At the start of `fit`, if the model was compiled with
+            `steps_per_execution` above 1: Keras would then call this once for
+            several batches, and B would lag behind W.
+
+    Source: Moskovitz et al. (2018), "strict normalization".
+
+    Example:
+
+    ```python
+    import numpy as np
+    import keras
+    from keras_fa import FADense
+    from keras_fa.callbacks import StrictNormalization
+
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            FADense(
+                4,
+                feedback_initializer="constant",
+                feedback_constraint="sign_concordance",
+            ),
+        ]
+    )
+    model.compile("adam", "mse")
+    x, y = np.ones((16, 8)), np.ones((16, 4))
+    model.fit(x, y, callbacks=[StrictNormalization()], verbose=0)
+
+    # In a training loop of one's own, after each update:
+    normalize = StrictNormalization()
+    normalize.apply(model)
+    ```
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._compiled = weakref.WeakKeyDictionary()
+
+    def apply(self, model: keras.layers.Layer) -> None:
+        """Normalizes the feedback of every FA layer in a model or layer now.
+
+        Args:
+            model: A built model or layer. The compiled call is kept per model:
+                keep the callback, too, when calling this in a loop.
+        """
+        if model not in self._compiled:
+            paths = normalized_paths(model)
+            self._compiled[model] = gradients.compiled(
+                lambda: _normalize(paths)
+            )
+        self._compiled[model]()
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        steps = getattr(self.model, "steps_per_execution", 1)
+        if steps > 1:
+            raise ValueError(
+                "StrictNormalization needs to run after every batch, and "
+                "`fit` calls it once for `steps_per_execution` batches. "
+                f"Received: steps_per_execution={steps}. Compile the model "
+                "with steps_per_execution=1."
+            )
+        # Layers may have been built or loaded since an earlier fit.
+        self._compiled.pop(self.model, None)
+        self.apply(self.model)
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        self.apply(self.model)
+
+
+def normalized_paths(model: keras.layers.Layer) -> list[FeedbackPath]:
+    """The feedback paths of a model that strict normalization rescales."""
+    return [
+        path
+        for layer in feedback_layers(model)
+        if layer.built
+        for path in layer.feedback_paths
+        if path.rule is not None
+        and path.rule.stores_feedback_kernel
+        and not path.rule.fixed_magnitude
+    ]
+
+
+def _normalize(paths: list[FeedbackPath]) -> None:
+    for path in paths:
+        path.feedback_kernel.assign(path.matched_feedback_kernel())
+
+
+class AlignmentMonitor(keras.callbacks.Callback):
+    """Measures alignment while training, for TensorBoard and for tables.
+
+    Every `every` epochs it calls what `keras_fa.alignment.alignment` computes,
+    on one probe batch. With a `log_dir` it writes scalars
+    `alignment/<measure>/<layer>` and histograms of W and B, in a run of their
+    own named "alignment" below that folder.
+
+    Args:
+        probe: A pair `(x, y)` of arrays: the batch on which gradients are
+            compared.
+        log_dir: String or path: a TensorBoard folder, or `None` (default) to
+            write no events.
+        every: Positive integer: epochs between two measurements. Default 1.
+        loss: The loss function of the gradients. Default `None`: the one that
+            the model was compiled with.
+
+    Attributes:
+        columns: The names of all measures, `"alignment/<measure>/<layer>"`,
+            known once training has begun.
+        history: A dict of epoch (from 0, as Keras counts) to the measures
+            taken at its end: a dict of column to float, in degrees, percent or
+            as a ratio.
+
+    Raises:
+        ValueError: If `every` is not a positive integer.
+
+    Example:
+
+    ```python
+    import numpy as np
+    import keras
+    from keras_fa import FADense
+    from keras_fa.callbacks import AlignmentMonitor
+
+    model = keras.Sequential([keras.Input((8,)), FADense(4, name="fc")])
+    model.compile("adam", "mse")
+    x, y = np.random.normal(size=(16, 8)), np.ones((16, 4))
+    monitor = AlignmentMonitor(probe=(x, y))
+    model.fit(x, y, callbacks=[monitor], verbose=0)
+    assert 0 < monitor.history[0]["alignment/angle/fc"] < 180
+    ```
+    """
+
+    def __init__(
+        self,
+        probe: tuple[Any, Any],
+        log_dir: Any = None,
+        every: int = 1,
+        loss: Any = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(
+                f"`every` must be a positive integer. Received: every={every}"
+            )
+        self.probe = probe
+        self.log_dir = log_dir
+        self.every = every
+        self.loss = loss
+        self.columns = []
+        self.history = {}
+        self._writer = None
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        self._measure = alignment_function(self.model, self.loss)
+        self.columns = list(_flat(self._measure(*self.probe)))
+        if self.log_dir is not None and self._writer is None:
+            import tensorflow as tf
+
+            self._writer = tf.summary.create_file_writer(
+                f"{self.log_dir}/alignment"
+            )
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if (epoch + 1) % self.every:
+            return
+        measures = _flat(self._measure(*self.probe))
+        self.history[epoch] = measures
+        if self._writer is not None:
+            self._write(epoch, measures)
+
+    def _write(self, epoch: int, measures: dict[str, float]) -> None:
+        import tensorflow as tf
+
+        with self._writer.as_default(step=epoch):
+            for name, value in measures.items():
+                if not math.isnan(value):
+                    tf.summary.scalar(name, value)
+            for layer in feedback_layers(self.model):
+                for path in layer.feedback_paths:
+                    name = path_name(layer, path)
+                    kernel = keras.ops.convert_to_tensor(path.kernel)
+                    tf.summary.histogram(f"kernel/{name}", kernel)
+                    if path.feedback_kernel is not None:
+                        tf.summary.histogram(
+                            f"feedback/{name}", path.effective(kernel)
+                        )
+        self._writer.flush()
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _flat(measures: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {
+        f"alignment/{measure}/{layer}": value
+        for layer, values in measures.items()
+        for measure, value in values.items()
+    }

@@ -1,0 +1,532 @@
+"""From a stock Keras model to one of the paper's methods, and back.
+
+`convert` clones a Functional or Sequential model with each layer that has a
+kernel replaced by its FA counterpart, copies the weights, and, for DFA and
+DenseFA, rewires the error:
+
+```
+fa, uSF, ...    x -> conv1 -> conv2 -> fc               errors chain through B
+dfa             x -> conv1 -> STOP -> conv2 -> STOP -> fc -> SEND -> logits
+                       ^                ^                     | |
+                       +----- e B_1 ----|---------------------+ |
+                                        +------- e B_2 ---------+
+dense_fa        as fa, with a SEND after each kernel layer, to all that are
+                further down than the next
+```
+
+STOP and SEND are identities in the forward pass: outputs do not change.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import keras
+
+from keras_fa import constraints
+from keras_fa import layers as fa_layers
+from keras_fa import methods
+from keras_fa.layers.direct import SendError
+from keras_fa.layers.direct import StopError
+from keras_fa.layers.direct import size_per_example
+from keras_fa.layers.feedback import FeedbackLayer
+from keras_fa.layers.feedback import feedback_layers
+from keras_fa.wiring import Graph
+from keras_fa.wiring import Node
+from keras_fa.wiring import Send
+
+_STOCK = {
+    cls: next(base for base in cls.__mro__ if base.__module__.startswith("keras."))
+    for cls in map(vars(fa_layers).get, fa_layers.__all__)
+}
+_COUNTERPART = {stock: cls for cls, stock in _STOCK.items()}
+
+# The chained error of DenseFA follows the weights; the direct ones are random
+# and kept a good deal smaller, so that they add to it and do not drown it.
+_DENSE_FA_MAPS = keras.initializers.VarianceScaling(
+    scale=0.01, mode="fan_avg", distribution="uniform"
+)
+
+
+def convert(
+    model: keras.Model,
+    method: str | methods.Method,
+    layers: Mapping[str | type, str | methods.Method] | None = None,
+    skip: Iterable[str] = (),
+) -> keras.Model:
+    """The same model under another way to train it.
+
+    Every layer with a kernel becomes its FA counterpart, with the same name,
+    the same forward weights and a feedback path as the method says; nested
+    models and shared layers too. Outputs are equal to the last bit, and weight
+    files of the stock model load.
+
+    Args:
+        model: A built Functional or Sequential model: stock, or converted
+            before (it is taken back to stock first). It is left as it is.
+        method: A name in `keras_fa.methods.METHODS`, or a `Method`.
+        layers: Other methods for some layers: a dict of layer name or class
+            (`keras.layers.Dense`) to method. Names win over classes. Default
+            `None`. Not with DFA and DenseFA, which wire the whole model.
+        skip: Names of layers to leave as they are: layers with a kernel that
+            have no FA counterpart (recurrent, attention, TimeDistributed, of
+            one's own). Errors pass through them exactly. Default: none.
+
+    Returns:
+        A new model, Sequential if `model` is (Functional under DFA and
+        DenseFA), compiled if `model` is.
+
+    Raises:
+        ValueError: If the model is neither Functional nor Sequential, is not
+            built, has a layer with a kernel but without a counterpart that
+            `skip` does not name, or if a name is unknown; under DFA and
+            DenseFA also for nested models, several outputs and `layers`.
+
+    Source: Moskovitz et al. (2018) for the methods.
+
+    Example:
+
+    ```python
+    import keras
+    from keras_fa import convert
+    from keras_fa.methods import METHODS
+
+    stock = keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            keras.layers.Conv2D(8, 3, activation="relu", name="conv"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(10, name="readout"),
+        ]
+    )
+    model = convert(stock, "fa_usf_sn", layers={"readout": "bp"})
+    model.compile("adam", "mse")
+    callbacks = METHODS["fa_usf_sn"].callbacks()
+    ```
+    """
+    method = methods.get(method)
+    _check_model(model)
+    if any(isinstance(inner, _OURS) for inner in model._flatten_layers()):
+        model = to_backprop(model)
+    skip = {skip} if isinstance(skip, str) else set(skip)
+    others = _other_methods(model, layers)
+    _check_layers(model, skip)
+    if method.wiring != "chain":
+        return _convert_direct(model, method, others, skip)
+    for key, other in others.items():
+        if other.wiring != "chain":
+            raise ValueError(
+                f"'{other.name}' wires the errors of a whole model and cannot "
+                f"be the method of one layer. Received: layers[{key!r}]="
+                f"'{other.name}'. Use convert(model, '{other.name}')."
+            )
+    clones = {}
+
+    def make(layer):
+        rule = others.get(layer.name, others.get(type(layer), method))
+        return _counterpart(layer, rule, skip)
+
+    converted = _clone(model, make, clones)
+    _copy_weights(clones)
+    refresh(converted)
+    return converted
+
+
+def to_backprop(model: keras.Model) -> keras.Model:
+    """The way back: a plain Keras model with the trained weights.
+
+    Every FA layer becomes its stock counterpart, and what this package added
+    to the model (its constraints, its regularizers, the wiring of DFA and
+    DenseFA) is gone. Where DFA and DenseFA split a layer's activation off, it
+    stays a layer of its own.
+
+    Args:
+        model: A built Functional or Sequential model. It is left as it is.
+
+    Returns:
+        A new model, with outputs equal to the last bit.
+
+    Raises:
+        ValueError: If the model is neither Functional nor Sequential, or is
+            not built.
+
+    Example:
+
+    ```python
+    import keras
+    from keras_fa import convert, to_backprop
+
+    stock = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    plain = to_backprop(convert(stock, "fa"))
+    assert type(plain.layers[0]) is keras.layers.Dense
+    ```
+    """
+    _check_model(model)
+    clones = {}
+
+    def call(layer, *args, **kwargs):
+        if isinstance(layer, StopError):
+            return args[0]
+        if isinstance(layer, SendError):
+            return args[0][0]
+        return layer(*args, **kwargs)
+
+    plain = _clone(model, _stock, clones, call)
+    _copy_weights(clones)
+    return plain
+
+
+def refresh(model: keras.Model) -> None:
+    """Takes what FA layers remember of their kernels anew from these.
+
+    The fixed signs of E/I, the norms of Const. and matched magnitudes. Call it
+    after a bare `set_weights` or `assign` with weights from elsewhere; loading
+    a stock weights file does it by itself, and a file of an FA model brings
+    what it remembers.
+
+    Args:
+        model: A model or layer with FA layers.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    from keras_fa import FADense, refresh
+
+    layer = FADense(2, kernel_constraint="constant_norm")
+    model = keras.Sequential([keras.Input((4,)), layer])
+    layer.kernel.assign(np.ones((4, 2)))
+    refresh(model)
+    assert float(layer.kernel.constraint.norm) == np.sqrt(8.0, dtype="float32")
+    ```
+    """
+    for layer in feedback_layers(model):
+        layer.refresh()
+
+
+def _convert_direct(
+    model: keras.Model, method: methods.Method, others: dict, skip: set[str]
+) -> keras.Model:
+    """DFA and DenseFA."""
+    if others:
+        raise ValueError(
+            f"'{method.name}' wires the errors of the whole model. Received: "
+            f"layers={others}. Leave `layers` out."
+        )
+    nested = [layer.name for layer in model.layers if _is_graph(layer)]
+    if nested:
+        raise ValueError(
+            f"'{method.name}' does not support nested models yet. Received: "
+            f"nested models {', '.join(nested)} in '{model.name}'. Build the "
+            "model from their layers directly, or use another method."
+        )
+    compiled = model.get_compile_config() if model.compiled else None
+    if isinstance(model, keras.Sequential):
+        model = keras.Model(
+            model.inputs[0], model.outputs[0], name=model.name
+        )
+    kernels = {
+        layer.name for layer in model.layers if type(layer) in _COUNTERPART
+    }
+    graph = Graph(model, kernels)
+    direct = method.wiring == "direct"
+    sends = {
+        send.source: send
+        for send in (graph.direct() if direct else graph.dense())
+    }
+    stops = {graph.tap(node) for node in graph.hidden()} if direct else set()
+    split = {node[0] for node in sends if node[0] in kernels}
+    _say_bytes(method, model, graph, sends)
+    clones, taps, activations = {}, {}, {}
+
+    def make(layer):
+        clone = _counterpart(layer, method, skip)
+        if layer.name in split and not _is_linear(layer):
+            clone.activation = keras.activations.linear
+            activations[layer.name] = keras.layers.Activation(
+                layer.activation,
+                dtype=layer.dtype_policy,
+                name=f"{layer.name}_activation",
+            )
+        return clone
+
+    def call(node, layer, *args, **kwargs):
+        outputs = layer(*args, **kwargs)
+        if node in sends:
+            send = sends[node]
+            outputs = SendError(
+                [_label(receiver) for receiver in send.receivers],
+                "glorot_uniform" if direct else _DENSE_FA_MAPS,
+                name=f"{_label(node)}_send_error",
+            )([outputs, *(taps[tap] for tap in send.taps)])
+        if layer.name in activations:
+            outputs = activations[layer.name](outputs)
+        taps[node] = outputs
+        if node in stops:
+            outputs = StopError(name=f"{_label(node)}_stop_error")(outputs)
+        return outputs
+
+    converted = _clone(model, make, clones, _by_node(graph, call), graph)
+    _copy_weights(clones)
+    refresh(converted)
+    if compiled is not None:
+        converted.compile_from_config(compiled)
+    return converted
+
+
+def _say_bytes(
+    method: methods.Method,
+    model: keras.Model,
+    graph: Graph,
+    sends: dict[Node, Send],
+) -> None:
+    """Logs the size of the maps that are about to be made."""
+    sizes = {}
+
+    def record(node, layer, *args, **kwargs):
+        outputs = layer(*args, **kwargs)
+        sizes[node] = getattr(outputs, "shape", None)
+        return outputs
+
+    needed = {n for send in sends.values() for n in (send.source, *send.taps)}
+    _clone(model, _again, {}, _by_node(graph, record), graph)
+    sizes = {node: size_per_example(sizes[node]) for node in needed}
+    maps = [
+        sizes[send.source] * sizes[tap]
+        for send in sends.values()
+        for tap in send.taps
+    ]
+    logging.getLogger("keras_fa").warning(
+        "%s: %d fixed random maps for model '%s' need %s bytes (%.1f MiB).",
+        method.title,
+        len(maps),
+        model.name,
+        f"{4 * sum(maps):,}",
+        4 * sum(maps) / 2**20,
+    )
+
+
+def _by_node(graph: Graph, call: Callable) -> Callable:
+    """A call function for `_clone` that also gets the node it calls.
+
+    A layer's call is told by the nodes that its tensors come from.
+    """
+    open_calls = copy.deepcopy(graph.parents)
+    produced = {}
+
+    def produce(node, outputs):
+        for tensor in keras.tree.flatten(outputs):
+            produced[id(tensor)] = (node, tensor)  # kept: ids are reused
+
+    def call_function(layer, *args, **kwargs):
+        tensors = [
+            value
+            for value in keras.tree.flatten((args, kwargs))
+            if isinstance(value, keras.KerasTensor)
+        ]
+        parents = [produced[id(tensor)][0] for tensor in tensors]
+        node = next(
+            node
+            for node, wanted in open_calls.items()
+            if node[0] == layer.name and wanted == parents
+        )
+        del open_calls[node]
+        outputs = call(node, layer, *args, **kwargs)
+        produce(node, outputs)
+        return outputs
+
+    call_function.produce = produce
+    return call_function
+
+
+def _clone(
+    model: keras.Model,
+    make: Callable,
+    clones: dict,
+    call: Callable | None = None,
+    graph: Graph | None = None,
+) -> keras.Model:
+    """A copy of a model made of other layers; `clones` tells which of which."""
+
+    def clone(layer):
+        new = make(layer)
+        clones[layer] = new
+        return new
+
+    if isinstance(model, keras.Sequential):
+        return keras.models.clone_model(
+            model, clone_function=clone, recursive=True
+        )
+    inputs = None
+    if graph is not None:
+        inputs = keras.tree.map_structure(
+            lambda x: keras.Input(
+                batch_shape=x.shape, dtype=x.dtype, name=x.name
+            ),
+            model.input,
+        )
+        for node, tensor in zip(graph.inputs, keras.tree.flatten(inputs)):
+            call.produce(node, tensor)
+    return keras.models.clone_model(
+        model,
+        input_tensors=inputs,
+        clone_function=clone,
+        call_function=call,
+        recursive=True,
+    )
+
+
+def _copy_weights(clones: dict) -> None:
+    for source, clone in clones.items():
+        if not isinstance(source, keras.layers.Layer) or not clone.built:
+            continue
+        # A layer's own weights come before those of its feedback paths.
+        for ours, theirs in zip(clone.weights, source.weights):
+            ours.assign(theirs)
+        # Some layers derive more from what they load (Normalization).
+        store = {}
+        source.save_own_variables(store)
+        if store:
+            clone.load_own_variables(store)
+
+
+def _counterpart(
+    layer: Any, method: methods.Method, skip: set[str]
+) -> keras.layers.Layer:
+    """The FA layer that a stock layer becomes under a method."""
+    cls = _COUNTERPART.get(type(layer))
+    if cls is None or layer.name in skip:
+        return _again(layer)
+    config = layer.get_config()
+    for name in cls.kernel_constraint_arguments:
+        config[name] = constraints.compose(
+            constraints.get_kernel_constraint(config[name]),
+            method.kernel_constraint,
+        )
+    return cls(
+        **config,
+        feedback_initializer=copy.copy(method.feedback_initializer),
+        feedback_regularizer=copy.copy(method.feedback_regularizer),
+        feedback_constraint=copy.copy(method.feedback_constraint),
+    )
+
+
+def _stock(layer: Any) -> Any:
+    """The stock layer that an FA layer is made of; others as they are."""
+    stock = _STOCK.get(type(layer))
+    if stock is None and isinstance(layer, FeedbackLayer):
+        raise ValueError(
+            f"Layer '{layer.name}' is of the class {type(layer).__name__}, "
+            "which is not one of keras_fa's own: its stock counterpart is not "
+            "known. Replace it by hand."
+        )
+    if stock is None:
+        return _again(layer)
+    config = layer.get_config()
+    for name in list(config):
+        if name.startswith("feedback_"):
+            del config[name]
+    for name in type(layer).kernel_constraint_arguments:
+        config[name] = constraints.without_ours(getattr(layer, name))
+    return stock(**config)
+
+
+def _again(layer: Any) -> Any:
+    return type(layer).from_config(layer.get_config())
+
+
+def _leaves(model: keras.Model) -> list[keras.layers.Layer]:
+    """The layers of a model and of the models nested in it, each once."""
+    found = []
+    for layer in model.layers:
+        for leaf in _leaves(layer) if _is_graph(layer) else [layer]:
+            if all(leaf is not other for other in found):
+                found.append(leaf)
+    return found
+
+
+def _is_graph(layer: Any) -> bool:
+    """Whether this is a model whose layers can be seen and replaced."""
+    return isinstance(layer, keras.Sequential) or (
+        isinstance(layer, keras.Model) and isinstance(layer, keras.Function)
+    )
+
+
+def _is_linear(layer: Any) -> bool:
+    return layer.activation in (None, keras.activations.linear)
+
+
+def _label(node: Node) -> str:
+    name, index = node
+    return f"{name}_{index}" if index else name
+
+
+def _check_model(model: Any) -> None:
+    if not _is_graph(model):
+        raise ValueError(
+            "Only Functional and Sequential models can be converted. For a "
+            "subclassed model, use the FA layers in it directly. Received: "
+            f"{model!r} of type {type(model).__name__}"
+        )
+    if not model.built or not getattr(model, "inputs", None):
+        raise ValueError(
+            f"Model '{model.name}' is not built, so it has no weights yet. "
+            "Begin it with a keras.Input, or call it on data first."
+        )
+
+
+def _check_layers(model: keras.Model, skip: set[str]) -> None:
+    """Refuses kernels that no FA layer stands for, and wrong names."""
+    leaves = {leaf.name: leaf for leaf in _leaves(model)}
+    _check_names(skip, leaves, "skip")
+    for name, layer in leaves.items():
+        converted = type(layer) in _COUNTERPART
+        if converted and name in skip:
+            raise ValueError(
+                f"Layer '{name}' ({type(layer).__name__}) has an FA "
+                "counterpart. To leave backpropagation in it, give "
+                f"layers={{{name!r}: 'bp'}} and not skip."
+            )
+        kernel = next(
+            (w for w in layer.weights if w.name.endswith("kernel")), None
+        )
+        if kernel is not None and not converted and name not in skip:
+            raise ValueError(
+                f"Layer '{name}' ({type(layer).__name__}) has a kernel, "
+                f"'{kernel.path}', and no FA counterpart. Give "
+                f"skip=[{name!r}] to leave it as it is: errors pass through "
+                "it exactly."
+            )
+
+
+def _other_methods(
+    model: keras.Model, layers: Mapping | None
+) -> dict[str | type, methods.Method]:
+    """The argument `layers` with stock classes and methods resolved."""
+    leaves = {leaf.name: leaf for leaf in _leaves(model)}
+    others = {}
+    for key, value in (layers or {}).items():
+        if isinstance(key, str):
+            _check_names([key], leaves, "layers")
+        elif key not in _STOCK and key not in _COUNTERPART:
+            raise ValueError(
+                "`layers` takes names and classes of layers with an FA "
+                f"counterpart. Received: {key!r}. Allowed classes: "
+                f"{', '.join(cls.__name__ for cls in _COUNTERPART)}"
+            )
+        others[_STOCK.get(key, key)] = methods.get(value)
+    return others
+
+
+def _check_names(names: Iterable, leaves: Mapping, argument: str) -> None:
+    for name in names:
+        if name not in leaves:
+            raise ValueError(
+                f"No layer is named {name!r}. Received it in `{argument}`. "
+                f"The model's layers: {', '.join(leaves)}"
+            )
+
+
+_OURS = (FeedbackLayer, SendError, StopError)

@@ -1,0 +1,67 @@
+"""The error path: the only place that touches a backend's autodiff.
+
+Backpropagation sends the error `dy` that arrives at a layer down through the
+transpose of the layer's own kernel, `dx = op^T(dy, W)`. Feedback alignment
+sends it through another kernel, `dx = op^T(dy, B)`, and leaves the rest as it
+is: the output is `op(x, W)` and the kernel's own gradient is the true local
+product of `x` and `dy`.
+
+Everything that the rest of the package needs of a backend is listed here. A
+backend is one module that implements these names:
+
+- `feedback_op`: an operation that computes with W and sends errors through B;
+- `send_error`: the identity, whose error also goes to other tensors (DFA);
+- `gradients_of`: the gradients of a loss with respect to variables;
+- `compiled`: a function compiled for the backend.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import keras
+
+if keras.backend.backend() == "tensorflow":
+    from keras_fa.gradients_tensorflow import compiled
+    from keras_fa.gradients_tensorflow import feedback_op
+    from keras_fa.gradients_tensorflow import gradients_of
+    from keras_fa.gradients_tensorflow import send_error
+else:
+    raise ImportError(
+        "keras_fa runs on Keras's TensorFlow backend. Received: "
+        f"KERAS_BACKEND={keras.backend.backend()}. Set KERAS_BACKEND=tensorflow"
+        " in the environment, or `backend` in keras.json, before keras is "
+        "imported."
+    )
+
+__all__ = [
+    "backpropagation",
+    "compiled",
+    "feedback_op",
+    "gradients_of",
+    "in_backpropagation",
+    "send_error",
+]
+
+_scope = threading.local()
+
+
+@contextlib.contextmanager
+def backpropagation() -> Iterator[None]:
+    """A scope in which every feedback path is the exact one, `B = W`.
+
+    What is computed (or traced) inside is plain backpropagation through the
+    same weights, dropout masks and statistics: the reference that feedback
+    gradients are measured against.
+    """
+    outer = in_backpropagation()
+    _scope.active = True
+    try:
+        yield
+    finally:
+        _scope.active = outer
+
+
+def in_backpropagation() -> bool:
+    """Whether the caller is inside a `backpropagation` scope."""
+    return getattr(_scope, "active", False)

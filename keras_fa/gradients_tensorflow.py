@@ -1,0 +1,149 @@
+"""TensorFlow: the error path as `tf.custom_gradient`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+
+def feedback_op(
+    op: Callable[[tf.Tensor, list[tf.Tensor], list[tf.Tensor]], tf.Tensor],
+    inputs: tf.Tensor,
+    kernels: Sequence[tf.Tensor],
+    feedback_kernels: Sequence[tf.Tensor],
+    biases: Sequence[tf.Tensor],
+) -> tf.Tensor:
+    """Computes `op(x, W)` and sends the error down through B.
+
+    With one kernel, `dx = op^T(dy, B)`, and `dW` and `dbias` are those of
+    `op(x, W)`. With several kernels in a row (separable convolutions) each
+    kernel is one such step: the error that reaches kernel i has come through
+    the feedback kernels of those above it, and its own gradient is the true
+    local product.
+
+    Args:
+        op: `op(x, kernels, biases)`, linear in `x` and in each kernel.
+        inputs: The tensor `x`.
+        kernels: Forward kernels W in the order in which `x` meets them.
+        feedback_kernels: Feedback kernels B, each of its kernel's shape. They
+            receive no gradient.
+        biases: What else `op` reads and is trained; may be empty.
+
+    Returns:
+        The tensor `op(x, W)`.
+    """
+    n = len(kernels)
+
+    # Everything is an argument: a captured variable would make custom_gradient
+    # ask for a gradient of its own.
+    @tf.custom_gradient
+    def feedback(x, *tensors):
+        forward = list(tensors[:n])
+        back = list(tensors[n : 2 * n])
+        bias = list(tensors[2 * n :])
+
+        # With the first i kernels W and the others B, the error of x (i = 0)
+        # or of kernel i is right. All are recorded now, while the layer's
+        # autocast scope is open; inside a tf.function the outputs that nobody
+        # reads are pruned from the graph.
+        sources = [[x], *([w] for w in forward)]
+        sources[n] += bias
+        records = [
+            _record(op, x, forward[:i] + back[i:], bias, sources[i])
+            for i in range(n + 1)
+        ]
+
+        def gradient(dy):
+            grads = [
+                tape.gradient(y, source, dy)
+                for (tape, y), source in zip(records, sources)
+            ]
+            kernel_grads = [grad[0] for grad in grads[1:]]
+            return (*grads[0], *kernel_grads, *[None] * n, *grads[n][1:])
+
+        return tf.identity(records[n][1]), gradient
+
+    return feedback(*_tensors([inputs, *kernels, *feedback_kernels, *biases]))
+
+
+def _record(
+    op: Callable,
+    x: tf.Tensor,
+    kernels: list[tf.Tensor],
+    biases: list[tf.Tensor],
+    sources: list[tf.Tensor],
+) -> tuple[tf.GradientTape, tf.Tensor]:
+    with tf.GradientTape(
+        persistent=True, watch_accessed_variables=False
+    ) as tape:
+        tape.watch(sources)
+        y = op(x, kernels, biases)
+    return tape, y
+
+
+def send_error(
+    source: tf.Tensor, receivers: Sequence[tf.Tensor], maps: Sequence[tf.Tensor]
+) -> tf.Tensor:
+    """The identity on `source`, whose error also goes to the receivers.
+
+    With `e` the error that arrives at the output, flattened per example to
+    `(batch, size)`, `source` receives `e` and receiver l receives `e B_l`.
+
+    Args:
+        source: A tensor of shape `(batch, ...)`.
+        receivers: Tensors of shape `(batch, ...)`.
+        maps: For each receiver a matrix B_l of shape `(size of source,
+            size of receiver)`, sizes per example. They receive no gradient.
+
+    Returns:
+        `source`, unchanged.
+    """
+    n = len(receivers)
+
+    @tf.custom_gradient
+    def op(source, *tensors):
+        shapes = [tf.shape(receiver) for receiver in tensors[:n]]
+
+        def gradient(e):
+            flat = tf.reshape(e, [tf.shape(e)[0], -1])
+            errors = [
+                tf.cast(
+                    tf.reshape(tf.matmul(flat, tf.cast(b, e.dtype)), shape),
+                    receiver.dtype,
+                )
+                for receiver, b, shape in zip(tensors, tensors[n:], shapes)
+            ]
+            return e, *errors, *[None] * n
+
+        return tf.identity(source), gradient
+
+    return op(*_tensors([source, *receivers, *maps]))
+
+
+def _tensors(values: list) -> list[tf.Tensor]:
+    """The values of what may be variables, which custom_gradient refuses."""
+    return [tf.convert_to_tensor(value) for value in values]
+
+
+def gradients_of(loss: Callable[[], tf.Tensor], variables: list[Any]) -> list:
+    """Gradients of `loss()` with respect to Keras variables.
+
+    Args:
+        loss: A function without arguments that computes a scalar.
+        variables: Keras variables.
+
+    Returns:
+        A tensor for each variable: zeros where the loss does not depend on it.
+    """
+    values = [variable.value for variable in variables]
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(values)
+        value = loss()
+    return tape.gradient(
+        value, values, unconnected_gradients=tf.UnconnectedGradients.ZERO
+    )
+
+
+def compiled(function: Callable) -> Callable:
+    """`function`, compiled at its first call and whenever shapes change."""
+    return tf.function(function, autograph=False, reduce_retracing=True)

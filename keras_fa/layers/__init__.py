@@ -1,0 +1,29 @@
+"""FA layers: each stock Keras layer with a kernel, with feedback."""
+
+from keras_fa.layers.convolutional import FAConv1D
+from keras_fa.layers.convolutional import FAConv1DTranspose
+from keras_fa.layers.convolutional import FAConv2D
+from keras_fa.layers.convolutional import FAConv2DTranspose
+from keras_fa.layers.convolutional import FAConv3D
+from keras_fa.layers.convolutional import FAConv3DTranspose
+from keras_fa.layers.convolutional import FADepthwiseConv1D
+from keras_fa.layers.convolutional import FADepthwiseConv2D
+from keras_fa.layers.convolutional import FASeparableConv1D
+from keras_fa.layers.convolutional import FASeparableConv2D
+from keras_fa.layers.dense import FADense
+from keras_fa.layers.dense import FAEinsumDense
+
+__all__ = [
+    "FAConv1D",
+    "FAConv1DTranspose",
+    "FAConv2D",
+    "FAConv2DTranspose",
+    "FAConv3D",
+    "FAConv3DTranspose",
+    "FADense",
+    "FADepthwiseConv1D",
+    "FADepthwiseConv2D",
+    "FAEinsumDense",
+    "FASeparableConv1D",
+    "FASeparableConv2D",
+]

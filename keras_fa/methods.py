@@ -1,0 +1,197 @@
+"""The rows of the paper's table, as values.
+
+`METHODS` maps the name of a row to a `Method`: how feedback starts, the rule
+that makes B of it, what constrains the forward kernel, which callbacks it
+needs, and how errors are wired. `keras_fa.convert` reads it.
+
+```python
+from keras_fa.methods import METHODS
+
+method = METHODS["fa_usf_sn"]
+assert method.title == "FA-uSF SN"
+assert [type(c).__name__ for c in method.callbacks()] == ["StrictNormalization"]
+assert METHODS["fa"].callbacks() == []
+```
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from keras_fa.callbacks import StrictNormalization
+from keras_fa.constraints import Chain
+from keras_fa.constraints import ConstantNorm
+from keras_fa.constraints import FixedSign
+from keras_fa.constraints import NoisyKernel
+from keras_fa.constraints import SignConcordance
+from keras_fa.constraints import TiedKernel
+from keras_fa.regularizers import Alignment
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to train: one row of the paper's table.
+
+    Attributes:
+        name: The name in `METHODS`.
+        title: The row's title in the paper.
+        definition: What it computes, in one line.
+        standing: Where the definition comes from.
+        feedback_initializer: As the argument of FA layers.
+        feedback_constraint: As the argument of FA layers.
+        feedback_regularizer: As the argument of FA layers.
+        kernel_constraint: Added to the layer's own kernel constraint.
+        wiring: `"chain"`: errors go down layer by layer. `"direct"`: DFA.
+            `"dense"`: DenseFA.
+        callback_classes: What `callbacks()` makes.
+    """
+
+    name: str
+    title: str
+    definition: str
+    standing: str
+    feedback_initializer: Any = None
+    feedback_constraint: Any = None
+    feedback_regularizer: Any = None
+    kernel_constraint: Any = None
+    wiring: str = "chain"
+    callback_classes: tuple[Callable[[], keras.callbacks.Callback], ...] = ()
+
+    def callbacks(self) -> list[keras.callbacks.Callback]:
+        """The callbacks that training needs: a fresh list each time."""
+        return [make() for make in self.callback_classes]
+
+
+_PAPER = "the paper's"
+_OURS = "our reading"
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            name="bp",
+            title="BP",
+            definition="B = W",
+            standing="backpropagation",
+            feedback_constraint=TiedKernel(),
+        ),
+        Method(
+            name="bp_noise",
+            title="BP + Noise",
+            definition="B = W + tan(a) ||W|| n / ||n||, n fresh Gaussian noise "
+            "orthogonal to W, a the angle that uSF SN would have",
+            standing=_OURS,
+            feedback_constraint=NoisyKernel(),
+        ),
+        Method(
+            name="bp_alignment",
+            title="BP + Alignment",
+            definition="B = W, loss + rate (1 - cos(W, B_0)) for each kernel, "
+            "B_0 fixed and random",
+            standing=_OURS,
+            feedback_constraint=TiedKernel(),
+            feedback_regularizer=Alignment(),
+        ),
+        Method(
+            name="fa",
+            title="FA",
+            definition="B = B_0, drawn independently of W_0 from its law",
+            standing="Lillicrap et al. (2016)",
+        ),
+        Method(
+            name="fa_usf_init_ei",
+            title="FA-uSF Init. E/I",
+            definition="B = |B_0| sign(W), each weight keeps the sign of W_0",
+            standing=_PAPER,
+            feedback_constraint=SignConcordance(fixed_magnitude=True),
+            kernel_constraint=FixedSign(),
+        ),
+        Method(
+            name="fa_usf_init",
+            title="FA-uSF Init.",
+            definition="B = |B_0| sign(W)",
+            standing="the paper's, as a published reproduction states it",
+            feedback_constraint=SignConcordance(fixed_magnitude=True),
+        ),
+        Method(
+            name="fa_usf_sn",
+            title="FA-uSF SN",
+            definition="B = ||W|| sign(W) / ||sign(W)||",
+            standing="the paper's strict normalization, as a published "
+            "reproduction states it",
+            feedback_initializer="constant",
+            feedback_constraint=SignConcordance(),
+            callback_classes=(StrictNormalization,),
+        ),
+        Method(
+            name="dfa",
+            title="DFA",
+            definition="each hidden kernel layer receives B_l e, "
+            "e = dLoss/dlogits, B_l fixed and random",
+            standing="Nokland (2016)",
+            feedback_constraint=TiedKernel(),
+            wiring="direct",
+        ),
+        Method(
+            name="dense_fa",
+            title="DenseFA",
+            definition="uSF SN from the next kernel layer, and M e_m from each "
+            "kernel layer m further up, M fixed and random",
+            standing=_OURS,
+            feedback_initializer="constant",
+            feedback_constraint=SignConcordance(),
+            wiring="dense",
+            callback_classes=(StrictNormalization,),
+        ),
+        Method(
+            name="bp_const",
+            title="BP Const.",
+            definition="B = W, ||W_t|| = ||W_0||",
+            standing="the paper's, as BioTorch reads it",
+            feedback_constraint=TiedKernel(),
+            kernel_constraint=ConstantNorm(),
+        ),
+        Method(
+            name="fa_usf_const",
+            title="FA-uSF Const.",
+            definition="B = ||W_0|| sign(W) / ||sign(W)||, ||W_t|| = ||W_0||",
+            standing=_OURS,
+            feedback_initializer="constant",
+            feedback_constraint=SignConcordance(),
+            kernel_constraint=ConstantNorm(),
+        ),
+        Method(
+            name="fa_usf_const_ei",
+            title="FA-uSF Const. E/I",
+            definition="as FA-uSF Const., each weight keeps the sign of W_0",
+            standing=_OURS,
+            feedback_initializer="constant",
+            feedback_constraint=SignConcordance(),
+            kernel_constraint=Chain([FixedSign(), ConstantNorm()]),
+        ),
+    )
+}
+
+
+def get(identifier: str | Method) -> Method:
+    """Resolves a method.
+
+    Args:
+        identifier: A name in `METHODS`, or a `Method` of one's own.
+
+    Returns:
+        A `Method`.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if isinstance(identifier, Method):
+        return identifier
+    if identifier not in METHODS:
+        raise ValueError(
+            f"Unknown method {identifier!r}. Allowed: {', '.join(METHODS)}, "
+            "or a keras_fa.methods.Method."
+        )
+    return METHODS[identifier]

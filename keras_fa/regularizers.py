@@ -1,0 +1,85 @@
+"""Penalties that tie a forward kernel to a feedback kernel."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_fa.constraints import kernel_norm
+
+
+class FeedbackRegularizer(keras.regularizers.Regularizer):
+    """Base class of penalties on a pair of feedback and forward kernel.
+
+    Called with (stored feedback kernel, forward kernel); returns a scalar that
+    is added to the loss. Its gradient moves the forward kernel.
+    """
+
+    def __call__(self, feedback_kernel: Any, kernel: Any) -> Any:
+        raise NotImplementedError(
+            f"{type(self).__name__} must implement "
+            "__call__(feedback_kernel, kernel)."
+        )
+
+
+@keras.saving.register_keras_serializable(package="keras_fa")
+class Alignment(FeedbackRegularizer):
+    """BP + Alignment: `rate * (1 - cos(W, B_0))`, a penalty on the angle.
+
+    It pulls the forward kernel towards the direction of a fixed random one, as
+    feedback alignment does, while the error takes the exact path. The form of
+    the penalty and its rate are our reading of the paper's name for it.
+
+    Args:
+        rate: Float of at least 0, the penalty at 90 degrees. Default 0.01.
+
+    Raises:
+        ValueError: If `rate` is negative.
+
+    Example:
+
+    ```python
+    from keras_fa import FADense
+    from keras_fa.regularizers import Alignment
+
+    layer = FADense(
+        10,
+        feedback_constraint="tied_kernel",
+        feedback_regularizer=Alignment(0.1),
+    )
+    ```
+    """
+
+    def __init__(self, rate: float = 0.01) -> None:
+        if rate < 0:
+            raise ValueError(
+                f"`rate` must be at least 0. Received: rate={rate}"
+            )
+        self.rate = rate
+
+    def __call__(self, feedback_kernel: Any, kernel: Any) -> Any:
+        # The floor keeps the gradient of the norm finite for a zero kernel.
+        norm = ops.sqrt(ops.maximum(ops.sum(ops.square(kernel)), 1e-30))
+        cosine = ops.divide_no_nan(
+            ops.sum(feedback_kernel * kernel),
+            kernel_norm(feedback_kernel) * norm,
+        )
+        return self.rate * (1.0 - cosine)
+
+    def get_config(self) -> dict:
+        return {"rate": self.rate}
+
+
+def get(identifier: Any) -> Any:
+    """Resolves a `feedback_regularizer`.
+
+    Args:
+        identifier: `None`, `"alignment"`, a regularizer, or what
+            `keras.regularizers.get` takes.
+
+    Returns:
+        A regularizer, or `None`.
+    """
+    if isinstance(identifier, str) and identifier.lower() == "alignment":
+        return Alignment()
+    return keras.regularizers.get(identifier)
