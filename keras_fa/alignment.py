@@ -99,7 +99,9 @@ def alignment_function(
         for path in layer.feedback_paths
     ]
     kernels = [path.kernel for _, path in owners]
-    direct = any(isinstance(inner, StopError) for inner in model._flatten_layers())
+    direct = any(
+        isinstance(inner, StopError) for inner in model._flatten_layers()
+    )
 
     def kernel_gradients(x, y):
         # What the forward pass assigns (statistics, random state) goes to the
@@ -184,7 +186,8 @@ def angle(a: Any, b: Any) -> Any:
     import numpy as np
     from keras_fa.alignment import angle
 
-    assert abs(float(angle(np.array([1.0, 0.0]), np.array([1.0, 1.0]))) - 45) < 1e-4
+    a, b = np.array([1.0, 0.0]), np.array([1.0, 1.0])
+    assert abs(float(angle(a, b)) - 45) < 1e-4
     ```
     """
     u, v = _unit(a), _unit(b)

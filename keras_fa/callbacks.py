@@ -8,6 +8,7 @@ import keras
 
 from keras_fa import gradients
 from keras_fa.alignment import alignment_function
+from keras_fa.alignment import path_name
 from keras_fa.layers.feedback import FeedbackPath
 from keras_fa.layers.feedback import feedback_layers
 

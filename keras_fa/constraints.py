@@ -176,9 +176,7 @@ class NoisyKernel(FeedbackConstraint):
             kernel.shape, dtype=kernel.dtype, seed=self.seed_generator
         )
         squared_norm = ops.sum(ops.square(kernel))
-        noise = noise - kernel * _divide(
-            ops.sum(noise * kernel), squared_norm
-        )
+        noise = noise - kernel * _divide(ops.sum(noise * kernel), squared_norm)
         return kernel + kernel_norm(kernel) * self._tangent(kernel) * _divide(
             noise, kernel_norm(noise)
         )
@@ -632,7 +630,10 @@ def _position(constraint: Any) -> int:
 def _resolve(identifier: Any, ours: dict[str, type]) -> Any:
     if isinstance(identifier, str):
         name = identifier.lower().replace("_", "")
-        for known, cls in {**_FEEDBACK_CONSTRAINTS, **_KERNEL_CONSTRAINTS}.items():
+        for known, cls in {
+            **_FEEDBACK_CONSTRAINTS,
+            **_KERNEL_CONSTRAINTS,
+        }.items():
             if name == known.replace("_", ""):
                 return cls()
         try:

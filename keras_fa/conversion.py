@@ -19,7 +19,9 @@ STOP and SEND are identities in the forward pass: outputs do not change.
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -37,7 +39,9 @@ from keras_fa.wiring import Node
 from keras_fa.wiring import Send
 
 _STOCK = {
-    cls: next(base for base in cls.__mro__ if base.__module__.startswith("keras."))
+    cls: next(
+        base for base in cls.__mro__ if base.__module__.startswith("keras.")
+    )
     for cls in map(vars(fa_layers).get, fa_layers.__all__)
 }
 _COUNTERPART = {stock: cls for cls, stock in _STOCK.items()}
@@ -224,9 +228,7 @@ def _convert_direct(
         )
     compiled = model.get_compile_config() if model.compiled else None
     if isinstance(model, keras.Sequential):
-        model = keras.Model(
-            model.inputs[0], model.outputs[0], name=model.name
-        )
+        model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
     kernels = {
         layer.name for layer in model.layers if type(layer) in _COUNTERPART
     }

@@ -1,6 +1,7 @@
 """TensorFlow: the error path as `tf.custom_gradient`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf

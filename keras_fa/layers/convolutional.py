@@ -57,18 +57,20 @@ class _Separable(FeedbackLayer):
 class FAConv1D(_Convolution, keras.layers.Conv1D):
     """`keras.layers.Conv1D` with feedback.
 
-    `y = activation(conv(x, W) + b)`; the error goes down through the transpose
-    of the same operation with B in the place of W; dW and db are exact.
+    `y = activation(conv(x, W) + b)`; the error goes down
+    through the same operation's transpose with B in the place of W; dW and db
+    are exact.
 
     Args:
-        filters: Integer, as for `Conv1D`, and all of its arguments.
+        filters: Integer, and all other arguments of
+            `Conv1D`.
         feedback_initializer: Initializer of the feedback kernel. Default
             `None`: the kernel's law, drawn independently.
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `Conv1D`. Kernel and feedback kernel
-    have the shape `window + (channels // groups, filters)`.
+    Input and output shapes: those of `Conv1D`. Kernel and
+    feedback kernel have the shape `window + (channels // groups, filters)`.
 
     Raises:
         ValueError: For LoRA and quantization, and as `Conv1D` does.
@@ -92,18 +94,20 @@ class FAConv1D(_Convolution, keras.layers.Conv1D):
 class FAConv2D(_Convolution, keras.layers.Conv2D):
     """`keras.layers.Conv2D` with feedback.
 
-    `y = activation(conv(x, W) + b)`; the error goes down through the transpose
-    of the same operation with B in the place of W; dW and db are exact.
+    `y = activation(conv(x, W) + b)`; the error goes down
+    through the same operation's transpose with B in the place of W; dW and db
+    are exact.
 
     Args:
-        filters: Integer, as for `Conv2D`, and all of its arguments.
+        filters: Integer, and all other arguments of
+            `Conv2D`.
         feedback_initializer: Initializer of the feedback kernel. Default
             `None`: the kernel's law, drawn independently.
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `Conv2D`. Kernel and feedback kernel
-    have the shape `window + (channels // groups, filters)`.
+    Input and output shapes: those of `Conv2D`. Kernel and
+    feedback kernel have the shape `window + (channels // groups, filters)`.
 
     Raises:
         ValueError: For LoRA and quantization, and as `Conv2D` does.
@@ -127,18 +131,20 @@ class FAConv2D(_Convolution, keras.layers.Conv2D):
 class FAConv3D(_Convolution, keras.layers.Conv3D):
     """`keras.layers.Conv3D` with feedback.
 
-    `y = activation(conv(x, W) + b)`; the error goes down through the transpose
-    of the same operation with B in the place of W; dW and db are exact.
+    `y = activation(conv(x, W) + b)`; the error goes down
+    through the same operation's transpose with B in the place of W; dW and db
+    are exact.
 
     Args:
-        filters: Integer, as for `Conv3D`, and all of its arguments.
+        filters: Integer, and all other arguments of
+            `Conv3D`.
         feedback_initializer: Initializer of the feedback kernel. Default
             `None`: the kernel's law, drawn independently.
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `Conv3D`. Kernel and feedback kernel
-    have the shape `window + (channels // groups, filters)`.
+    Input and output shapes: those of `Conv3D`. Kernel and
+    feedback kernel have the shape `window + (channels // groups, filters)`.
 
     Raises:
         ValueError: For LoRA and quantization, and as `Conv3D` does.
@@ -162,18 +168,20 @@ class FAConv3D(_Convolution, keras.layers.Conv3D):
 class FAConv1DTranspose(_Transposed, keras.layers.Conv1DTranspose):
     """`keras.layers.Conv1DTranspose` with feedback.
 
-    `y = activation(conv_transpose(x, W) + b)`; the error goes down through the transpose
-    of the same operation with B in the place of W; dW and db are exact.
+    `y = activation(conv_transpose(x, W) + b)`; the error goes down
+    through the same operation's transpose with B in the place of W; dW and db
+    are exact.
 
     Args:
-        filters: Integer, as for `Conv1DTranspose`, and all of its arguments.
+        filters: Integer, and all other arguments of
+            `Conv1DTranspose`.
         feedback_initializer: Initializer of the feedback kernel. Default
             `None`: the kernel's law, drawn independently.
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `Conv1DTranspose`. Kernel and feedback kernel
-    have the shape `window + (filters, channels)`.
+    Input and output shapes: those of `Conv1DTranspose`. Kernel and
+    feedback kernel have the shape `window + (filters, channels)`.
 
     Raises:
         ValueError: For LoRA and quantization, and as `Conv1DTranspose` does.
@@ -197,18 +205,20 @@ class FAConv1DTranspose(_Transposed, keras.layers.Conv1DTranspose):
 class FAConv2DTranspose(_Transposed, keras.layers.Conv2DTranspose):
     """`keras.layers.Conv2DTranspose` with feedback.
 
-    `y = activation(conv_transpose(x, W) + b)`; the error goes down through the transpose
-    of the same operation with B in the place of W; dW and db are exact.
+    `y = activation(conv_transpose(x, W) + b)`; the error goes down
+    through the same operation's transpose with B in the place of W; dW and db
+    are exact.
 
     Args:
-        filters: Integer, as for `Conv2DTranspose`, and all of its arguments.
+        filters: Integer, and all other arguments of
+            `Conv2DTranspose`.
         feedback_initializer: Initializer of the feedback kernel. Default
             `None`: the kernel's law, drawn independently.
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `Conv2DTranspose`. Kernel and feedback kernel
-    have the shape `window + (filters, channels)`.
+    Input and output shapes: those of `Conv2DTranspose`. Kernel and
+    feedback kernel have the shape `window + (filters, channels)`.
 
     Raises:
         ValueError: For LoRA and quantization, and as `Conv2DTranspose` does.
@@ -232,18 +242,20 @@ class FAConv2DTranspose(_Transposed, keras.layers.Conv2DTranspose):
 class FAConv3DTranspose(_Transposed, keras.layers.Conv3DTranspose):
     """`keras.layers.Conv3DTranspose` with feedback.
 
-    `y = activation(conv_transpose(x, W) + b)`; the error goes down through the transpose
-    of the same operation with B in the place of W; dW and db are exact.
+    `y = activation(conv_transpose(x, W) + b)`; the error goes down
+    through the same operation's transpose with B in the place of W; dW and db
+    are exact.
 
     Args:
-        filters: Integer, as for `Conv3DTranspose`, and all of its arguments.
+        filters: Integer, and all other arguments of
+            `Conv3DTranspose`.
         feedback_initializer: Initializer of the feedback kernel. Default
             `None`: the kernel's law, drawn independently.
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `Conv3DTranspose`. Kernel and feedback kernel
-    have the shape `window + (filters, channels)`.
+    Input and output shapes: those of `Conv3DTranspose`. Kernel and
+    feedback kernel have the shape `window + (filters, channels)`.
 
     Raises:
         ValueError: For LoRA and quantization, and as `Conv3DTranspose` does.
@@ -267,18 +279,20 @@ class FAConv3DTranspose(_Transposed, keras.layers.Conv3DTranspose):
 class FADepthwiseConv1D(_Depthwise, keras.layers.DepthwiseConv1D):
     """`keras.layers.DepthwiseConv1D` with feedback.
 
-    `y = activation(depthwise_conv(x, W) + b)`; the error goes down through the transpose
-    of the same operation with B in the place of W; dW and db are exact.
+    `y = activation(depthwise_conv(x, W) + b)`; the error goes down
+    through the same operation's transpose with B in the place of W; dW and db
+    are exact.
 
     Args:
-        kernel_size: Integer or tuple, as for `DepthwiseConv1D`, and all of its arguments.
+        kernel_size: Integer or tuple, and all other arguments of
+            `DepthwiseConv1D`.
         feedback_initializer: Initializer of the feedback kernel. Default
             `None`: the kernel's law, drawn independently.
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `DepthwiseConv1D`. Kernel and feedback kernel
-    have the shape `window + (channels, depth_multiplier)`.
+    Input and output shapes: those of `DepthwiseConv1D`. Kernel and
+    feedback kernel have the shape `window + (channels, depth_multiplier)`.
 
     Raises:
         ValueError: For LoRA and quantization, and as `DepthwiseConv1D` does.
@@ -302,18 +316,20 @@ class FADepthwiseConv1D(_Depthwise, keras.layers.DepthwiseConv1D):
 class FADepthwiseConv2D(_Depthwise, keras.layers.DepthwiseConv2D):
     """`keras.layers.DepthwiseConv2D` with feedback.
 
-    `y = activation(depthwise_conv(x, W) + b)`; the error goes down through the transpose
-    of the same operation with B in the place of W; dW and db are exact.
+    `y = activation(depthwise_conv(x, W) + b)`; the error goes down
+    through the same operation's transpose with B in the place of W; dW and db
+    are exact.
 
     Args:
-        kernel_size: Integer or tuple, as for `DepthwiseConv2D`, and all of its arguments.
+        kernel_size: Integer or tuple, and all other arguments of
+            `DepthwiseConv2D`.
         feedback_initializer: Initializer of the feedback kernel. Default
             `None`: the kernel's law, drawn independently.
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `DepthwiseConv2D`. Kernel and feedback kernel
-    have the shape `window + (channels, depth_multiplier)`.
+    Input and output shapes: those of `DepthwiseConv2D`. Kernel and
+    feedback kernel have the shape `window + (channels, depth_multiplier)`.
 
     Raises:
         ValueError: For LoRA and quantization, and as `DepthwiseConv2D` does.
@@ -337,19 +353,21 @@ class FADepthwiseConv2D(_Depthwise, keras.layers.DepthwiseConv2D):
 class FASeparableConv1D(_Separable, keras.layers.SeparableConv1D):
     """`keras.layers.SeparableConv1D` with feedback.
 
-    `y = activation(conv(depthwise_conv(x, W_d), W_p) + b)`; the error goes down through B_p and then B_d, the feedback
-    kernels of the pointwise and the depthwise step, and each kernel's update
-    is the exact product of its own input and error.
+    `y = activation(conv(depthwise_conv(x, W_d), W_p) + b)`; the error goes
+    down through B_p and then B_d, and each kernel's update is the exact
+    product of its own input and error.
 
     Args:
-        filters: Integer, as for `SeparableConv1D`, and all of its arguments.
+        filters: Integer, and all other arguments of
+            `SeparableConv1D`.
         feedback_initializer: Initializer of the feedback kernel. Default
             `None`: the kernel's law, drawn independently.
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `SeparableConv1D`. `feedback_kernel` is the pair of the
-    depthwise and the pointwise one, each of its kernel's shape.
+    Input and output shapes: those of `SeparableConv1D`. `feedback_kernel`
+    is the pair of the depthwise and the pointwise one, each of its kernel's
+    shape.
 
     Raises:
         ValueError: For LoRA and quantization, and as `SeparableConv1D` does.
@@ -373,19 +391,21 @@ class FASeparableConv1D(_Separable, keras.layers.SeparableConv1D):
 class FASeparableConv2D(_Separable, keras.layers.SeparableConv2D):
     """`keras.layers.SeparableConv2D` with feedback.
 
-    `y = activation(conv(depthwise_conv(x, W_d), W_p) + b)`; the error goes down through B_p and then B_d, the feedback
-    kernels of the pointwise and the depthwise step, and each kernel's update
-    is the exact product of its own input and error.
+    `y = activation(conv(depthwise_conv(x, W_d), W_p) + b)`; the error goes
+    down through B_p and then B_d, and each kernel's update is the exact
+    product of its own input and error.
 
     Args:
-        filters: Integer, as for `SeparableConv2D`, and all of its arguments.
+        filters: Integer, and all other arguments of
+            `SeparableConv2D`.
         feedback_initializer: Initializer of the feedback kernel. Default
             `None`: the kernel's law, drawn independently.
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `SeparableConv2D`. `feedback_kernel` is the pair of the
-    depthwise and the pointwise one, each of its kernel's shape.
+    Input and output shapes: those of `SeparableConv2D`. `feedback_kernel`
+    is the pair of the depthwise and the pointwise one, each of its kernel's
+    shape.
 
     Raises:
         ValueError: For LoRA and quantization, and as `SeparableConv2D` does.

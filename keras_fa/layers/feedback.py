@@ -21,8 +21,10 @@ import contextlib
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
+from typing import ClassVar
 
 import keras
 import numpy as np
@@ -99,12 +101,14 @@ class FeedbackPath(keras.layers.Layer):
                 initializer, initializers.KernelMagnitude
             )
         if self._follows_norm:
-            value = lambda shape, dtype: self.matched_feedback_kernel()
+
+            def draw(shape, dtype=None):
+                return self.matched_feedback_kernel()
         else:
-            value = initializers.independent(initializer, kernel_initializer)
+            draw = initializers.independent(initializer, kernel_initializer)
         self.feedback_kernel = self.add_weight(
             shape=shape,
-            initializer=value,
+            initializer=draw,
             regularizer=regularizer,
             dtype=self.kernel.dtype,
             trainable=False,
@@ -161,9 +165,7 @@ class FeedbackPath(keras.layers.Layer):
         norm = constraints.kernel_norm(
             ops.broadcast_to(self._apply_rule(stored, kernel), kernel.shape)
         )
-        return stored * ops.divide_no_nan(
-            constraints.kernel_norm(kernel), norm
-        )
+        return stored * ops.divide_no_nan(constraints.kernel_norm(kernel), norm)
 
     def refresh(self) -> None:
         """Takes signs, norms and the matched magnitude anew from the kernel."""
