@@ -146,7 +146,14 @@ def _loss_function(model: keras.Model, loss: Any) -> Callable[[Any, Any], Any]:
             f"loss={loss}"
         )
     loss = keras.losses.get(loss)
-    return lambda y, output: ops.mean(loss(y, output))
+    return lambda y, output: ops.mean(loss(_of_rank(y, output), output))
+
+
+def _of_rank(y: Any, output: Any) -> Any:
+    """Targets `(batch,)` for outputs `(batch, 1)`, as `fit` takes them."""
+    if len(np.shape(y)) == 1 and tuple(np.shape(output)[1:]) == (1,):
+        return ops.expand_dims(y, -1)
+    return y
 
 
 def _of_path(path: FeedbackPath) -> dict[str, Any]:

@@ -454,6 +454,9 @@ class Chain(KernelConstraint):
     Args:
         constraints: Kernel constraints: instances, names or configs.
 
+    Raises:
+        ValueError: If there are two `FixedSign` or two `ConstantNorm`.
+
     Example:
 
     ```python
@@ -464,8 +467,17 @@ class Chain(KernelConstraint):
     """
 
     def __init__(self, constraints: Sequence[Any]) -> None:
-        parts = [get_kernel_constraint(c) for c in constraints]
+        parts = []
+        for constraint in map(get_kernel_constraint, constraints):
+            inner = isinstance(constraint, Chain)
+            parts += constraint.constraints if inner else [constraint]
         self.constraints = sorted(parts, key=_position)
+        kinds = [type(c) for c in self._stateful()]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(
+                "A kernel takes one constraint of a kind. Received: "
+                f"{', '.join(kind.__name__ for kind in kinds)}"
+            )
 
     def __copy__(self) -> "Chain":
         return Chain([copy.copy(c) for c in self.constraints])

@@ -46,11 +46,14 @@ _STOCK = {
 }
 _COUNTERPART = {stock: cls for cls, stock in _STOCK.items()}
 
+
 # The chained error of DenseFA follows the weights; the direct ones are random
 # and kept a good deal smaller, so that they add to it and do not drown it.
-_DENSE_FA_MAPS = keras.initializers.VarianceScaling(
-    scale=0.01, mode="fan_avg", distribution="uniform"
-)
+# A fresh one for each source: an instance would repeat its draws.
+def _dense_fa_maps() -> keras.initializers.Initializer:
+    return keras.initializers.VarianceScaling(
+        scale=0.01, mode="fan_avg", distribution="uniform"
+    )
 
 
 def convert(
@@ -242,6 +245,12 @@ def _convert_direct(
     split = {node[0] for node in sends if node[0] in kernels}
     _say_bytes(method, model, graph, sends)
     clones, taps, activations = {}, {}, {}
+    taken = {operation.name for operation in model.operations}
+
+    def free(name):
+        while name in taken:
+            name += "_"
+        return name
 
     def make(layer):
         clone = _counterpart(layer, method, skip)
@@ -250,7 +259,7 @@ def _convert_direct(
             activations[layer.name] = keras.layers.Activation(
                 layer.activation,
                 dtype=layer.dtype_policy,
-                name=f"{layer.name}_activation",
+                name=free(f"{layer.name}_activation"),
             )
         return clone
 
@@ -260,14 +269,16 @@ def _convert_direct(
             send = sends[node]
             outputs = SendError(
                 [_label(receiver) for receiver in send.receivers],
-                "glorot_uniform" if direct else _DENSE_FA_MAPS,
-                name=f"{_label(node)}_send_error",
+                "glorot_uniform" if direct else _dense_fa_maps(),
+                name=free(f"{_label(node)}_send_error"),
             )([outputs, *(taps[tap] for tap in send.taps)])
         if layer.name in activations:
             outputs = activations[layer.name](outputs)
         taps[node] = outputs
         if node in stops:
-            outputs = StopError(name=f"{_label(node)}_stop_error")(outputs)
+            outputs = StopError(name=free(f"{_label(node)}_stop_error"))(
+                outputs
+            )
         return outputs
 
     converted = _clone(model, make, clones, _by_node(graph, call), graph)
@@ -417,22 +428,26 @@ def _counterpart(
 
 def _stock(layer: Any) -> Any:
     """The stock layer that an FA layer is made of; others as they are."""
-    stock = _STOCK.get(type(layer))
-    if stock is None and isinstance(layer, FeedbackLayer):
+    stock = _STOCK.get(type(layer), type(layer))
+    if isinstance(layer, FeedbackLayer) and stock is type(layer):
         raise ValueError(
             f"Layer '{layer.name}' is of the class {type(layer).__name__}, "
             "which is not one of keras_fa's own: its stock counterpart is not "
             "known. Replace it by hand."
         )
-    if stock is None:
-        return _again(layer)
     config = layer.get_config()
     for name in list(config):
-        if name.startswith("feedback_"):
+        if name.startswith("feedback_") and stock is not type(layer):
             del config[name]
-    for name in type(layer).kernel_constraint_arguments:
-        config[name] = constraints.without_ours(getattr(layer, name))
-    return stock(**config)
+        elif name.endswith("_constraint") and _is_ours(layer, name):
+            left = constraints.without_ours(getattr(layer, name))
+            config[name] = keras.constraints.serialize(left) if left else None
+    return stock.from_config(config)
+
+
+def _is_ours(layer: Any, name: str) -> bool:
+    """Whether a constraint of a layer is one of this package."""
+    return isinstance(getattr(layer, name, None), constraints.KernelConstraint)
 
 
 def _again(layer: Any) -> Any:
@@ -481,9 +496,10 @@ def _check_model(model: Any) -> None:
 
 def _check_layers(model: keras.Model, skip: set[str]) -> None:
     """Refuses kernels that no FA layer stands for, and wrong names."""
-    leaves = {leaf.name: leaf for leaf in _leaves(model)}
+    leaves = _leaves(model)
     _check_names(skip, leaves, "skip")
-    for name, layer in leaves.items():
+    for layer in leaves:
+        name = layer.name
         converted = type(layer) in _COUNTERPART
         if converted and name in skip:
             raise ValueError(
@@ -507,11 +523,17 @@ def _other_methods(
     model: keras.Model, layers: Mapping | None
 ) -> dict[str | type, methods.Method]:
     """The argument `layers` with stock classes and methods resolved."""
-    leaves = {leaf.name: leaf for leaf in _leaves(model)}
+    leaves = _leaves(model)
     others = {}
+    if not isinstance(layers, Mapping | None):
+        raise ValueError(
+            "`layers` is a dict of layer name or class to method. Received: "
+            f"layers={layers}"
+        )
     for key, value in (layers or {}).items():
         if isinstance(key, str):
             _check_names([key], leaves, "layers")
+            _check_counterparts(key, leaves)
         elif key not in _STOCK and key not in _COUNTERPART:
             raise ValueError(
                 "`layers` takes names and classes of layers with an FA "
@@ -522,13 +544,23 @@ def _other_methods(
     return others
 
 
-def _check_names(names: Iterable, leaves: Mapping, argument: str) -> None:
+def _check_names(names: Iterable, leaves: list, argument: str) -> None:
+    known = dict.fromkeys(leaf.name for leaf in leaves)
     for name in names:
-        if name not in leaves:
+        if name not in known:
             raise ValueError(
                 f"No layer is named {name!r}. Received it in `{argument}`. "
-                f"The model's layers: {', '.join(leaves)}"
+                f"The model's layers: {', '.join(known)}"
             )
+
+
+def _check_counterparts(name: str, leaves: list) -> None:
+    kinds = {type(leaf) for leaf in leaves if leaf.name == name}
+    if kinds.isdisjoint(_COUNTERPART):
+        raise ValueError(
+            "`layers` takes names of layers with an FA counterpart. Received: "
+            f"layer {name!r} ({', '.join(kind.__name__ for kind in kinds)})"
+        )
 
 
 _OURS = (FeedbackLayer, SendError, StopError)

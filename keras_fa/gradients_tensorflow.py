@@ -33,6 +33,12 @@ def feedback_op(
     Returns:
         The tensor `op(x, W)`.
     """
+    if isinstance(inputs, tf.SparseTensor):
+        raise ValueError(
+            "FA layers take dense inputs: an error has no sparse form. "
+            f"Received: a SparseTensor of shape {inputs.shape}. Make it dense "
+            "first, with `tf.sparse.to_dense` or `keras.Input(sparse=False)`."
+        )
     n = len(kernels)
 
     # Everything is an argument: a captured variable would make custom_gradient

@@ -61,7 +61,7 @@ def get(identifier: Any) -> Any:
     Returns:
         An initializer, or `None`.
     """
-    if identifier == "constant":
+    if isinstance(identifier, str) and identifier == "constant":
         return KernelMagnitude()
     return keras.initializers.get(identifier)
 
@@ -85,23 +85,25 @@ def independent(initializer: Any, kernel_initializer: Any) -> Any:
         An initializer whose seed is not that of `kernel_initializer`.
 
     Raises:
-        ValueError: If `initializer` is `None` and the kernel's is not random,
-            so that B_0 could only be W_0.
+        ValueError: If both are to be drawn from one initializer without a
+            `seed`: a constant, an array, a function. B_0 could be W_0.
     """
-    kernel_seed = getattr(kernel_initializer, "seed", None)
     if initializer is None:
-        if isinstance(kernel_initializer, _NOT_RANDOM):
-            raise ValueError(
-                "The feedback kernel is drawn as the kernel unless told "
-                "otherwise, and this kernel's initializer is not random: B_0 "
-                "would be W_0, which is backpropagation. Give a random "
-                "`feedback_initializer`, for example 'he_normal'. Received: "
-                f"kernel_initializer={kernel_initializer}"
-            )
         initializer = kernel_initializer
     seed = getattr(initializer, "seed", None)
+    if seed is None and initializer is kernel_initializer:
+        raise ValueError(
+            "The feedback kernel is drawn as the kernel unless told "
+            "otherwise, and this kernel's initializer has no seed to draw "
+            "other values from: B_0 would be W_0, which is backpropagation. "
+            "Give a random `feedback_initializer`, for example 'he_normal'. "
+            f"Received: kernel_initializer={kernel_initializer}"
+        )
+    kernel_seed = getattr(kernel_initializer, "seed", None)
+    if isinstance(seed, keras.random.SeedGenerator) and seed is kernel_seed:
+        return initializer  # it has moved on
     # Equal seeds give equal or proportional draws, whatever the two laws.
-    if seed is None or seed != kernel_seed:
+    if seed is None or _first(seed) != _first(kernel_seed):
         return initializer
     return reseeded(initializer, _FEEDBACK_STREAM)
 
@@ -110,26 +112,23 @@ def reseeded(initializer: Any, stream: int) -> Any:
     """The same law with another seed, a function of the old seed and `stream`.
 
     Args:
-        initializer: A random Keras initializer. One that is seeded by a
-            `SeedGenerator` is returned as it is: it moves on with each draw.
+        initializer: A random Keras initializer.
         stream: Integer; different streams give independent draws.
 
     Returns:
         An initializer.
     """
-    seed = initializer.seed
-    if isinstance(seed, keras.random.SeedGenerator):
-        return initializer
-    words = np.random.SeedSequence([int(seed), stream]).generate_state(1)
+    entropy = [int(_first(initializer.seed)), stream]
+    words = np.random.SeedSequence(entropy).generate_state(1)
     config = {**initializer.get_config(), "seed": int(words[0] >> 1)}
     return type(initializer).from_config(config)
 
 
+def _first(seed: Any) -> int | None:
+    """The integer that a seed starts from: a generator's first draw has it."""
+    if isinstance(seed, keras.random.SeedGenerator):
+        return seed.get_config()["seed"]
+    return seed
+
+
 _FEEDBACK_STREAM = 0xFEEDBAC
-_NOT_RANDOM = (
-    keras.initializers.Zeros,
-    keras.initializers.Ones,
-    keras.initializers.Constant,
-    keras.initializers.Identity,
-    keras.initializers.STFT,
-)

@@ -189,7 +189,7 @@ def get(identifier: str | Method) -> Method:
     """
     if isinstance(identifier, Method):
         return identifier
-    if identifier not in METHODS:
+    if not isinstance(identifier, str) or identifier not in METHODS:
         raise ValueError(
             f"Unknown method {identifier!r}. Allowed: {', '.join(METHODS)}, "
             "or a keras_fa.methods.Method."

@@ -31,7 +31,7 @@ class Alignment(FeedbackRegularizer):
     the penalty and its rate are our reading of the paper's name for it.
 
     Args:
-        rate: Float of at least 0, the penalty at 90 degrees. Default 0.01.
+        rate: Float of at least 0, the penalty at 90 degrees. Default 0.1.
 
     Raises:
         ValueError: If `rate` is negative.
@@ -45,12 +45,12 @@ class Alignment(FeedbackRegularizer):
     layer = FADense(
         10,
         feedback_constraint="tied_kernel",
-        feedback_regularizer=Alignment(0.1),
+        feedback_regularizer=Alignment(0.5),
     )
     ```
     """
 
-    def __init__(self, rate: float = 0.01) -> None:
+    def __init__(self, rate: float = 0.1) -> None:
         if rate < 0:
             raise ValueError(
                 f"`rate` must be at least 0. Received: rate={rate}"

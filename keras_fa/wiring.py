@@ -35,8 +35,18 @@ _PASSED = (
     keras.layers.PReLU,
     keras.layers.ReLU,
     keras.layers.Softmax,
+    keras.layers.Identity,
+    keras.layers.ActivityRegularization,
+)
+# The same as operations: `keras.ops.relu(x)` is a node without a layer.
+_PASSED_OPERATIONS = frozenset(
+    "Celu Elu Gelu HardShrink HardSigmoid HardSilu HardTanh LeakyRelu "
+    "LogSigmoid LogSoftmax Relu Relu6 Selu Sigmoid Silu SoftShrink Softmax "
+    "Softplus Softsign SparsePlus SparseSigmoid Sparsemax Squareplus Tanh "
+    "TanhShrink Threshold".split()
 )
 _TO_PROBABILITIES = ("softmax", "log_softmax", "sigmoid", "linear")
+_TO_PROBABILITIES_OPERATIONS = ("Softmax", "LogSoftmax", "Sigmoid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +79,7 @@ class Graph:
 
     def __init__(self, model: keras.Model, kernel_layers: set[str]) -> None:
         config = model.get_config()
-        self._layers = {layer.name: layer for layer in model.layers}
+        self._operations = {node.name: node for node in model.operations}
         self._kernel_layers = kernel_layers
         self.parents = {}
         for layer in config["layers"]:
@@ -100,7 +110,7 @@ class Graph:
         """The node at whose output the error of a kernel node arrives."""
         while len(self.consumers[node]) == 1 and node != self.output:
             (consumer,) = self.consumers[node]
-            passed = type(self._layers.get(consumer[0])) in _PASSED
+            passed = self._passes(self._operations[consumer[0]])
             if not passed or len(self.parents[consumer]) != 1:
                 break
             node = consumer
@@ -110,16 +120,25 @@ class Graph:
         """The output's node, or the one below a trailing softmax or sigmoid."""
         node = self.output
         while node[0] not in self._kernel_layers:
-            layer = self._layers.get(node[0])
-            activation = getattr(layer, "activation", None)
-            name = getattr(activation, "__name__", None)
-            is_activation = type(layer) is keras.layers.Activation
-            if type(layer) is not keras.layers.Softmax and not (
-                is_activation and name in _TO_PROBABILITIES
-            ):
+            if not self._makes_probabilities(self._operations[node[0]]):
                 break
             (node,) = self.parents[node]
         return node
+
+    @staticmethod
+    def _passes(operation: Any) -> bool:
+        if isinstance(operation, keras.layers.Layer):
+            return type(operation) in _PASSED
+        return type(operation).__name__ in _PASSED_OPERATIONS
+
+    @staticmethod
+    def _makes_probabilities(operation: Any) -> bool:
+        if not isinstance(operation, keras.layers.Layer):
+            return type(operation).__name__ in _TO_PROBABILITIES_OPERATIONS
+        if type(operation) is keras.layers.Activation:
+            name = getattr(operation.activation, "__name__", None)
+            return name in _TO_PROBABILITIES
+        return type(operation) is keras.layers.Softmax
 
     def direct(self) -> list[Send]:
         """DFA: one source, the logits, and every hidden kernel node."""
@@ -180,7 +199,7 @@ def _histories(value: Any) -> Iterator[Node]:
             name, node, _ = value["config"]["keras_history"]
             yield name, node
             return
-        value = list(value.values())
+        value = _in_order(value)
     if isinstance(value, (list, tuple)):
         for inner in value:
             yield from _histories(inner)
@@ -189,9 +208,14 @@ def _histories(value: Any) -> Iterator[Node]:
 def _references(value: Any) -> Iterator[Node]:
     """The nodes of `[name, node, tensor]` triples, however nested."""
     if isinstance(value, dict):
-        value = [value[key] for key in sorted(value)]  # as keras.tree flattens
+        value = _in_order(value)
     if value and isinstance(value[0], str):
         yield value[0], value[1]
         return
     for inner in value:
         yield from _references(inner)
+
+
+def _in_order(value: dict) -> list:
+    """The values of a dict in the order in which keras.tree flattens it."""
+    return [value[key] for key in sorted(value)]

@@ -30,6 +30,7 @@ class StopError(keras.layers.Layer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.autocast = False  # whatever the dtype of what it stands behind
         self.supports_masking = True
 
     def call(self, inputs: Any) -> Any:
@@ -37,8 +38,8 @@ class StopError(keras.layers.Layer):
             return inputs
         return ops.stop_gradient(inputs)
 
-    def compute_output_shape(self, input_shape: Any) -> Any:
-        return input_shape
+    def compute_output_spec(self, inputs: Any) -> Any:
+        return keras.KerasTensor(inputs.shape, dtype=inputs.dtype)
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")
@@ -84,6 +85,7 @@ class SendError(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.autocast = False  # whatever the dtype of what it stands behind
         self.receivers = list(receivers)
         self.feedback_initializer = keras.initializers.get(feedback_initializer)
 
@@ -114,8 +116,8 @@ class SendError(keras.layers.Layer):
             return source
         return gradients.send_error(source, receivers, self.maps)
 
-    def compute_output_shape(self, input_shape: Any) -> Any:
-        return input_shape[0]
+    def compute_output_spec(self, inputs: Any) -> Any:
+        return keras.KerasTensor(inputs[0].shape, dtype=inputs[0].dtype)
 
     def load_own_variables(self, store: Any) -> None:
         if list(store.keys()):  # a file of stock layers has no maps

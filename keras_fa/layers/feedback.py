@@ -25,6 +25,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 from typing import ClassVar
+from typing import NoReturn
 
 import keras
 import numpy as np
@@ -174,6 +175,10 @@ class FeedbackPath(keras.layers.Layer):
         if self._follows_norm:
             self.feedback_kernel.assign(self.matched_feedback_kernel())
 
+    def quantize(self, mode: str | None = None, *args: Any, **kwargs: Any):
+        """Not supported; raises a `ValueError`. `Model.quantize` comes here."""
+        _refuse(self.kernel.path, f"quantize(mode={mode!r})")
+
     def _constraint_state(self) -> dict[str, keras.Variable]:
         if isinstance(self._constraint, constraints.KernelConstraint):
             return self._constraint.state
@@ -238,8 +243,10 @@ class FeedbackLayer:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if issubclass(cls, keras.layers.Layer) and "__init__" not in vars(cls):
-            cls.__signature__ = _signature(cls)
+        if issubclass(cls, keras.layers.Layer):
+            # A subclass with an __init__ of its own has that one's.
+            ours = cls.__init__ is FeedbackLayer.__init__
+            cls.__signature__ = _signature(cls) if ours else None
 
     def __init__(
         self,
@@ -251,33 +258,25 @@ class FeedbackLayer:
     ) -> None:
         for name in _REFUSED_ARGUMENTS:
             if kwargs.get(name) is not None:
-                self._refuse(f"{name}={kwargs[name]}")
+                _refuse(type(self).__name__, f"{name}={kwargs[name]}")
         for name in self.kernel_constraint_arguments:
             if name in kwargs:
                 kwargs[name] = constraints.get_kernel_constraint(kwargs[name])
         super().__init__(*args, **kwargs)
         if getattr(self, "quantization_mode", None) is not None:
-            self._refuse(f"dtype={self.dtype_policy.name}")
+            _refuse(type(self).__name__, f"dtype={self.dtype_policy.name}")
         self.feedback_initializer = initializers.get(feedback_initializer)
         self.feedback_regularizer = regularizers.get(feedback_regularizer)
         self.feedback_constraint = constraints.get(feedback_constraint)
         self._drawn_from = {}
 
-    def _refuse(self, given: str) -> None:
-        raise ValueError(
-            f"{type(self).__name__} supports neither LoRA nor quantization, "
-            "which replace the kernel that its feedback path belongs to. "
-            "Train first, then use `keras_fa.to_backprop(model)` and go on "
-            f"with the plain Keras model. Received: {given}"
-        )
-
     def enable_lora(self, rank: int, *args: Any, **kwargs: Any) -> None:
         """Not supported; raises a `ValueError`."""
-        self._refuse(f"enable_lora(rank={rank})")
+        _refuse(type(self).__name__, f"enable_lora(rank={rank})")
 
     def quantize(self, mode: str | None = None, *args: Any, **kwargs: Any):
         """Not supported; raises a `ValueError`."""
-        self._refuse(f"quantize(mode={mode!r})")
+        _refuse(type(self).__name__, f"quantize(mode={mode!r})")
 
     def add_weight(self, *args: Any, name: Any = None, **kwargs: Any) -> Any:
         """As `keras.layers.Layer.add_weight`.
@@ -287,7 +286,10 @@ class FeedbackLayer:
         """
         if name in self.kernel_names:
             constraint = copy.copy(kwargs.get("constraint"))
-            initializer = keras.initializers.get(kwargs.get("initializer"))
+            given = kwargs.get("initializer")
+            initializer = keras.initializers.get(
+                "glorot_uniform" if given is None else given
+            )
             self._drawn_from[name] = initializer
             if hasattr(constraint, "initial_kernel"):
                 initializer = self._constrained(name, initializer, constraint)
@@ -454,6 +456,15 @@ class FeedbackLayer:
                 for name in _FEEDBACK_ARGUMENTS
             },
         }
+
+
+def _refuse(owner: str, given: str) -> NoReturn:
+    raise ValueError(
+        f"{owner} supports neither LoRA nor quantization, which replace the "
+        "kernel that its feedback path belongs to. Train first, then use "
+        "`keras_fa.to_backprop(model)` and go on with the plain Keras model. "
+        f"Received: {given}"
+    )
 
 
 def _own_or_stock_entry(store: Any) -> Any:
