@@ -1,0 +1,28 @@
+"""Packaging of keras_fa. Tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages
+from setuptools import setup
+
+TRAIN = [
+    "absl-py>=2.3",
+    "importlib_resources>=6.5",  # tensorflow-datasets imports it undeclared
+    "scikit-learn>=1.7",
+    "tensorboard>=2.21",  # tensorflow 2.21 no longer brings it
+    "tensorflow-datasets>=4.9.10",
+]
+TEST = [*TRAIN, "pytest>=8", "ruff>=0.14"]
+
+setup(
+    name="keras_fa",
+    version="0.1.0",
+    description="Feedback alignment for Keras 3",
+    long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["keras_fa", "keras_fa.*"]),
+    python_requires=">=3.11",
+    install_requires=["keras>=3.15", "numpy", "tensorflow>=2.21"],
+    extras_require={"train": TRAIN, "test": TEST},
+)
