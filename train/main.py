@@ -1,0 +1,562 @@
+"""Trains a network on a data set by one of the methods of the paper.
+
+From the root of the project:
+
+    python train/main.py --flagfile=digits_usf.flags
+    python train/main.py --dataset=mnist --method=fa --download
+    python train/main.py --helpfull
+
+A bare flagfile name is looked up in the current folder, then in train/flags.
+Flags given after a flagfile win over it. The run is written to the folder
+<runs_dir>/<dataset>-<model>-<method>-s<seed>; runs.py says what is in it.
+"""
+
+import quiet  # noqa: F401 - before anything imports TensorFlow
+
+# isort: split
+import math
+import platform
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import data
+import keras
+import models
+import runs
+import tensorflow as tf
+from absl import app
+from absl import flags
+from absl import logging
+from errors import UserError
+
+import keras_fa
+from keras_fa.callbacks import AlignmentMonitor
+from keras_fa.callbacks import StrictNormalization
+from keras_fa.methods import METHODS
+
+FLAGFILES = Path(__file__).resolve().parent / "flags"
+PROBE_SIZE = 256
+EVALUATION_BATCH_SIZE = 256
+
+# name: class, default learning rate, default weight decay
+OPTIMIZERS = {
+    "adam": (keras.optimizers.Adam, 1e-3, 0.0),
+    "adamw": (keras.optimizers.Adam, 1e-3, 0.004),
+    "sgd": (
+        lambda **options: keras.optimizers.SGD(momentum=0.9, **options),
+        0.05,
+        0.0,
+    ),
+}
+
+
+def mirrored(virtual_devices: int) -> tf.distribute.Strategy:
+    """All GPUs, or else the CPU, each with a replica of the model."""
+    kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
+    if not virtual_devices:
+        return tf.distribute.MirroredStrategy(_logical_devices(kind))
+    device = tf.config.list_physical_devices(kind)[0]
+    tf.config.set_visible_devices(device, kind)
+    part = tf.config.LogicalDeviceConfiguration(
+        memory_limit=4096 if kind == "GPU" else None
+    )
+    tf.config.set_logical_device_configuration(device, [part] * virtual_devices)
+    # Devices that share one GPU cannot use its own means of communication.
+    return tf.distribute.MirroredStrategy(
+        _logical_devices(kind), tf.distribute.ReductionToOneDevice()
+    )
+
+
+def _logical_devices(kind: str) -> list[str]:
+    return [device.name for device in tf.config.list_logical_devices(kind)]
+
+
+STRATEGIES = {
+    "none": lambda virtual_devices: tf.distribute.get_strategy(),
+    "mirrored": mirrored,
+}
+
+flags.DEFINE_enum(
+    "dataset",
+    "digits",
+    list(data.DATASETS),
+    "Data set. digits comes with scikit-learn, the others are read from "
+    "--data_dir.",
+)
+flags.DEFINE_enum(
+    "model",
+    None,
+    list(models.NETWORKS),
+    "Network; the data set's own by default.",
+)
+flags.DEFINE_enum(
+    "method",
+    "fa_usf_sn",
+    list(METHODS),
+    "How errors are sent back; the rows of the paper's table. The default is "
+    "sign-concordant feedback with strict normalisation, its best one.",
+)
+flags.DEFINE_integer(
+    "epochs",
+    None,
+    "Passes over the training data, 1 to 100000. By default "
+    + ", ".join(f"{d.epochs} on {n}" for n, d in data.DATASETS.items())
+    + ".",
+    lower_bound=1,
+    upper_bound=100_000,
+)
+flags.DEFINE_integer(
+    "batch_size",
+    None,
+    "Images per step, over all replicas, at least 1. By default "
+    + ", ".join(f"{d.batch_size} on {n}" for n, d in data.DATASETS.items())
+    + ".",
+    lower_bound=1,
+)
+flags.DEFINE_enum(
+    "optimizer",
+    None,
+    list(OPTIMIZERS),
+    "Optimiser; sgd has momentum 0.9, adamw is adam with weight decay. By "
+    "default "
+    + ", ".join(f"{d.optimizer} on {n}" for n, d in data.DATASETS.items())
+    + ".",
+)
+flags.DEFINE_float(
+    "learning_rate",
+    None,
+    "Learning rate at its height, above 0; it falls to 0 along half a cosine. "
+    "By default "
+    + ", ".join(f"{v[1]} for {n}" for n, v in OPTIMIZERS.items())
+    + ".",
+)
+flags.DEFINE_float(
+    "warmup_epochs",
+    None,
+    "Epochs over which the learning rate rises from 0 at the start, at least "
+    "0; shortened to the run where it is longer. By default "
+    + ", ".join(f"{d.warmup_epochs} on {n}" for n, d in data.DATASETS.items())
+    + ".",
+)
+flags.DEFINE_float(
+    "weight_decay",
+    None,
+    "At least 0. Each step takes learning rate x weight decay off every "
+    "kernel (decoupled from the gradient; biases are left alone). By default "
+    + ", ".join(f"{v[2]} for {n}" for n, v in OPTIMIZERS.items())
+    + ".",
+)
+flags.DEFINE_integer(
+    "seed",
+    0,
+    "Of weights, feedback, order and augmentation, 0 to 2147483647. The "
+    "split of the data does not depend on it.",
+    lower_bound=0,
+    upper_bound=2**31 - 1,
+)
+flags.DEFINE_string(
+    "data_dir",
+    None,
+    "Folder of TensorFlow Datasets; its own default where not given "
+    "($TFDS_DATA_DIR or ~/tensorflow_datasets).",
+)
+flags.DEFINE_bool(
+    "download",
+    False,
+    "Whether to fetch a data set that --data_dir does not hold.",
+)
+flags.DEFINE_string("runs_dir", "runs", "Folder in which run folders are made.")
+flags.DEFINE_bool(
+    "resume",
+    False,
+    "Whether to continue the run if its folder exists: an unfinished one "
+    "from its last whole epoch, a finished one if --epochs is larger.",
+)
+flags.DEFINE_enum(
+    "strategy",
+    "none",
+    list(STRATEGIES),
+    "none: one device. mirrored: all GPUs of this machine (or its CPU).",
+)
+flags.DEFINE_integer(
+    "virtual_devices",
+    0,
+    "With --strategy=mirrored: number of logical devices to split the GPU or "
+    "CPU into, at least 0; 0 splits nothing.",
+    lower_bound=0,
+    upper_bound=64,
+)
+flags.DEFINE_enum(
+    "dtype_policy",
+    "float32",
+    ["float32", "mixed_bfloat16", "mixed_float16"],
+    "Keras's dtype policy of the model.",
+)
+flags.DEFINE_bool(
+    "jit_compile", False, "Whether to compile the training step with XLA."
+)
+flags.DEFINE_integer(
+    "steps_per_execution",
+    1,
+    "Training steps per call of the compiled function, at least 1; an epoch "
+    "is rounded down to a multiple of them.",
+    lower_bound=1,
+)
+flags.DEFINE_integer(
+    "alignment_every",
+    0,
+    "Measure the alignment of every layer after each so many epochs, at "
+    "least 0; 0 is never.",
+    lower_bound=0,
+)
+flags.register_validator(
+    "learning_rate",
+    lambda value: value is None or 0 < value < math.inf,
+    "it must be a finite number above 0",
+)
+for _name in ("warmup_epochs", "weight_decay"):
+    flags.register_validator(
+        _name,
+        lambda value: value is None or 0 <= value < math.inf,
+        "it must be a finite number, at least 0",
+    )
+
+FLAGS = flags.FLAGS
+
+
+def settings() -> SimpleNamespace:
+    """The flags; where none is given, the data set's and optimiser's own."""
+    names = """dataset model method epochs batch_size optimizer learning_rate
+        warmup_epochs weight_decay seed data_dir download runs_dir resume
+        strategy virtual_devices dtype_policy jit_compile steps_per_execution
+        alignment_every""".split()
+    chosen = SimpleNamespace(**{name: FLAGS[name].value for name in names})
+    dataset = data.DATASETS[chosen.dataset]
+    defaults = {
+        name: getattr(dataset, name)
+        for name in ("model", "epochs", "batch_size", "optimizer")
+    }
+    defaults["warmup_epochs"] = dataset.warmup_epochs
+    for name, value in defaults.items():
+        if getattr(chosen, name) is None:
+            setattr(chosen, name, value)
+    _, learning_rate, weight_decay = OPTIMIZERS[chosen.optimizer]
+    if chosen.learning_rate is None:
+        chosen.learning_rate = learning_rate
+    if chosen.weight_decay is None:
+        chosen.weight_decay = weight_decay
+    return chosen
+
+
+def check(config: SimpleNamespace) -> None:
+    """Refuses settings that do not go together."""
+    image_shape = data.DATASETS[config.dataset].image_shape
+    if models.NETWORKS[config.model].image_shape != image_shape:
+        fitting = [
+            name
+            for name, network in models.NETWORKS.items()
+            if network.image_shape == image_shape
+        ]
+        raise UserError(
+            f"--model={config.model} does not fit the {image_shape} images of "
+            f"--dataset={config.dataset}. Choose --model={'|'.join(fitting)}, "
+            "or another data set."
+        )
+    if config.virtual_devices and config.strategy == "none":
+        raise UserError(
+            f"--virtual_devices={config.virtual_devices} needs several "
+            "replicas. Add --strategy=mirrored, or leave it out."
+        )
+    if config.steps_per_execution > 1:
+        if config.strategy == "mirrored":
+            raise UserError(
+                f"--steps_per_execution={config.steps_per_execution} does not "
+                "work under --strategy=mirrored in Keras. Set one of the two "
+                "back to its default."
+            )
+        if any(
+            isinstance(callback, StrictNormalization)
+            for callback in METHODS[config.method].callbacks()
+        ):
+            raise UserError(
+                f"--steps_per_execution={config.steps_per_execution} does not "
+                f"work with --method={config.method}, which normalises after "
+                "every step. Use 1, or another method."
+            )
+    if config.jit_compile and config.strategy == "mirrored":
+        raise UserError(
+            "--jit_compile does not work under --strategy=mirrored. Leave one "
+            "of the two out."
+        )
+
+
+def learning_rate(
+    config: SimpleNamespace, steps_per_epoch: int
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    """A linear warm-up, then half a cosine down to 0 at the last step."""
+    steps = config.epochs * steps_per_epoch
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), steps - 1)
+    return keras.optimizers.schedules.CosineDecay(
+        0.0 if warmup else config.learning_rate,
+        decay_steps=steps - warmup,
+        warmup_target=config.learning_rate if warmup else None,
+        warmup_steps=warmup,
+    )
+
+
+def train(config: SimpleNamespace) -> None:
+    """The experiment, from the data to the report."""
+    check(config)
+    folder = Path(config.runs_dir).expanduser() / (
+        f"{config.dataset}-{config.model}-{config.method}-s{config.seed}"
+    )
+    progress = runs.look(folder, vars(config), config.resume)
+    if progress.result is not None and progress.epoch >= config.epochs:
+        print(f"{folder}: finished already, after {progress.epoch} epochs.")
+        report(folder, progress.result)
+        return
+
+    # Devices and randomness.
+    strategy = STRATEGIES[config.strategy](config.virtual_devices)
+    replicas = strategy.num_replicas_in_sync
+    if config.batch_size % replicas:
+        raise UserError(
+            f"--batch_size={config.batch_size} cannot be shared by {replicas} "
+            f"replicas. Give a multiple of {replicas}."
+        )
+    keras.utils.set_random_seed(config.seed)
+    keras.config.set_dtype_policy(config.dtype_policy)
+
+    # Data.
+    dataset = data.DATASETS[config.dataset]
+    network = models.NETWORKS[config.model]
+    splits = dataset.load(config.data_dir, config.download)
+    images = len(splits.train.labels)
+    steps_per_epoch = images // config.batch_size
+    steps_per_epoch -= steps_per_epoch % config.steps_per_execution
+    if not steps_per_epoch:
+        raise UserError(
+            f"--batch_size={config.batch_size} with --steps_per_execution="
+            f"{config.steps_per_execution} needs more than the {images} "
+            f"training images of {config.dataset}. Give smaller ones."
+        )
+    training = data.training_batches(
+        splits.train,
+        dataset,
+        network.input_shape,
+        batch_size=config.batch_size,
+        steps_per_epoch=steps_per_epoch,
+        seed=config.seed,
+        first_epoch=progress.epoch,
+        epochs=config.epochs,
+    )
+    validation, test = (
+        data.evaluation_batches(
+            split, dataset, network.input_shape, EVALUATION_BATCH_SIZE
+        )
+        for split in (splits.validation, splits.test)
+    )
+
+    # Model and optimiser.
+    with strategy.scope():
+        model = keras_fa.convert(
+            network.build(network.input_shape, dataset.classes), config.method
+        )
+        optimizer = OPTIMIZERS[config.optimizer][0](
+            learning_rate=learning_rate(config, steps_per_epoch),
+            weight_decay=config.weight_decay or None,
+        )
+        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+        model.compile(
+            optimizer,
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+            jit_compile=config.jit_compile,
+            steps_per_execution=config.steps_per_execution,
+        )
+        if progress.epoch:
+            runs.restore(folder, progress, model)
+
+    # Training.
+    runs.start(folder)
+    callbacks = METHODS[config.method].callbacks()
+    monitor = None
+    if config.alignment_every:
+        monitor = AlignmentMonitor(
+            probe=data.probe_batch(
+                splits.validation, dataset, network.input_shape, PROBE_SIZE
+            ),
+            log_dir=str(folder),
+            every=config.alignment_every,
+        )
+        callbacks.append(monitor)
+    recipe = {
+        name: value
+        for name, value in vars(config).items()
+        if name not in ("data_dir", "download", "runs_dir", "resume")
+    }
+    writer = runs.RunWriter(
+        folder,
+        recipe,
+        progress,
+        examples_per_epoch=steps_per_epoch * config.batch_size,
+        monitor=monitor,
+    )
+    callbacks += [
+        keras.callbacks.TensorBoard(str(folder), write_graph=False),
+        keras.callbacks.TerminateOnNaN(),
+        writer,
+    ]
+    print(
+        f"{config.method} on {config.dataset}: {images} training, "
+        f"{len(splits.validation.labels)} validation and "
+        f"{len(splits.test.labels)} test images; epochs {progress.epoch + 1} "
+        f"to {config.epochs}."
+    )
+    model.fit(
+        training,
+        validation_data=validation,
+        epochs=config.epochs,
+        initial_epoch=progress.epoch,
+        steps_per_epoch=steps_per_epoch,
+        callbacks=callbacks,
+        shuffle=False,
+        verbose=1 if sys.stdout.isatty() else 2,
+    )
+    if writer.diverged is not None:
+        raise UserError(
+            f"{folder}: the loss stopped being a number in epoch "
+            f"{writer.diverged} of {config.epochs}. Delete the folder and try "
+            f"again, with less than --learning_rate={config.learning_rate}."
+        )
+
+    # Report. This is the only use of the test images.
+    metrics = model.evaluate(test, verbose=0, return_dict=True)
+    last = progress.rows[-1]
+    result = {
+        **recipe,
+        "test_error": error(metrics["accuracy"]),
+        "train_error": error(last["accuracy"]),
+        "validation_error": error(last["val_accuracy"]),
+        "seconds": round(progress.seconds, 2),
+        "examples_per_second": round(progress.examples_per_second, 1),
+        "steps_per_epoch": steps_per_epoch,
+        "parameters": sum(
+            math.prod(variable.shape) for variable in model.trainable_variables
+        ),
+        "versions": {
+            "python": platform.python_version(),
+            "keras_fa": keras_fa.__version__,
+            "keras": keras.__version__,
+            "tensorflow": tf.__version__,
+        },
+    }
+    runs.write_result(folder, result)
+    report(folder, result)
+
+
+def error(accuracy: float) -> float:
+    """The share of wrong answers in percent."""
+    return round(100 * (1 - accuracy), 4)
+
+
+def report(folder: Path, result: dict) -> None:
+    """The last words on the console."""
+    print(
+        f"Test error {result['test_error']:.2f} % after {result['epochs']} "
+        f"epochs (training {result['train_error']:.2f} %, validation "
+        f"{result['validation_error']:.2f} %), {result['seconds']:.0f} s.\n"
+        f"Run folder: {folder}\n"
+        f"Curves: tensorboard --logdir {folder.parent}"
+    )
+
+
+def find_flagfiles(argv: list[str]) -> list[str]:
+    """Replaces bare flagfile names by the files of that name."""
+    found = []
+    arguments = iter(argv)
+    for argument in arguments:
+        flag, equals, name = argument.partition("=")
+        if flag not in ("-flagfile", "--flagfile"):
+            found.append(argument)
+            continue
+        if not equals:
+            name = next(arguments, "")
+        path = Path(name).expanduser()
+        if not path.is_file() and path.name == name:
+            path = FLAGFILES / name
+        if not name or not path.is_file():
+            raise UserError(
+                f"--flagfile={name}: no such file, here or in {FLAGFILES}. "
+                "There are "
+                + ", ".join(sorted(f.name for f in FLAGFILES.glob("*.flags")))
+                + "; or give the path of your own."
+            )
+        try:
+            path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as wrong:
+            raise UserError(
+                f"--flagfile={path}: cannot be read as text ({wrong}). A "
+                "flagfile has a --name=value on each line."
+            ) from wrong
+        found.append(f"--flagfile={path}")
+    return found
+
+
+def parse(argv: list[str]) -> None:
+    """Sets the flags from a command line.
+
+    Raises:
+        UserError: if the command line is not understood.
+    """
+    FLAGS.unparse_flags()
+    try:
+        rest = FLAGS(find_flagfiles(argv))[1:]
+    except flags.UnrecognizedFlagError as wrong:
+        message = str(wrong).replace(" ?", "?")
+        raise UserError(f"{message} --helpfull lists all flags.") from wrong
+    except flags.Error as wrong:
+        name = str(wrong).removeprefix("flag --").partition("=")[0]
+        about = "--helpfull tells more."
+        if name in FLAGS and not isinstance(FLAGS[name], flags.EnumFlag):
+            about = f"--{name}: {FLAGS[name].help}"
+        raise UserError(f"{str(wrong).rstrip('.')}. {about}") from wrong
+    if rest:
+        raise UserError(
+            f"{rest[0]!r} is not a flag. Settings are given as --name=value; "
+            "--helpfull lists them."
+        )
+
+
+def run(argv: list[str]) -> int:
+    """Runs the program on a command line and returns its exit status."""
+    logging.set_verbosity(logging.ERROR)
+    try:
+        if keras.backend.backend() != "tensorflow":
+            raise UserError(
+                f"KERAS_BACKEND={keras.backend.backend()}: this program needs "
+                "tensorflow. Unset the variable."
+            )
+        parse(argv)
+    except UserError as wrong:
+        print(f"main.py: {_one_line(wrong)}", file=sys.stderr)
+        return 2
+    try:
+        train(settings())
+    except UserError as wrong:
+        print(f"main.py: {_one_line(wrong)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("main.py: interrupted. --resume continues.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _one_line(wrong: Exception) -> str:
+    return " ".join(str(wrong).split())
+
+
+if __name__ == "__main__":
+    app.define_help_flags()
+    sys.exit(run(sys.argv))
