@@ -624,8 +624,11 @@ def units_along(shape: tuple, axis: int) -> np.ndarray:
 
 
 def kernel_norm(kernel: Any) -> Any:
-    """The Frobenius norm of a whole kernel, a scalar."""
-    return ops.sqrt(ops.sum(ops.square(kernel)))
+    """The Frobenius norm of a whole kernel, a scalar of its dtype."""
+    kernel = ops.convert_to_tensor(kernel)
+    # In half precision the sum of squares would overflow.
+    full = ops.cast(kernel, keras.backend.result_type(kernel.dtype, "float32"))
+    return ops.cast(ops.sqrt(ops.sum(ops.square(full))), kernel.dtype)
 
 
 def _divide(a: Any, b: Any) -> Any:

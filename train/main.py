@@ -11,7 +11,7 @@ Flags given after a flagfile win over it. The run is written to the folder
 <runs_dir>/<dataset>-<model>-<method>-s<seed>; runs.py says what is in it.
 """
 
-import quiet  # noqa: F401 - before anything imports TensorFlow
+import startup  # noqa: F401 - before anything imports TensorFlow
 
 # isort: split
 import math
@@ -411,8 +411,8 @@ def train(config: SimpleNamespace) -> None:
     print(
         f"{config.method} on {config.dataset}: {images} training, "
         f"{len(splits.validation.labels)} validation and "
-        f"{len(splits.test.labels)} test images; epochs {progress.epoch + 1} "
-        f"to {config.epochs}."
+        f"{len(splits.test.labels)} test images; {progress.epoch} of "
+        f"{config.epochs} epochs are trained."
     )
     model.fit(
         training,

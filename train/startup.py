@@ -1,11 +1,15 @@
-"""Imports TensorFlow without its start-up chatter.
+"""What comes before all other imports.
 
-Some of its C++ lines are written before any log setting is read, so that
-standard error itself is shut during the import. Import this module first.
+This checkout's own package is found, installed or not. TensorFlow is imported
+without its start-up chatter: some of its C++ lines are written before any log
+setting is read, so that standard error itself is shut during the import.
 """
 
 import os
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")

@@ -1,0 +1,108 @@
+"""Real architectures: keras.applications under the methods."""
+
+import collections
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import applications
+from keras import layers
+
+from keras_fa import convert
+from keras_fa.layers.feedback import feedback_layers
+from keras_fa.methods import METHODS
+
+SIZE = 32
+X = np.random.default_rng(0).normal(size=(2, SIZE, SIZE, 3)).astype("float32")
+Y = np.eye(10, dtype="float32")[[3, 7]]
+BUILDERS: dict[str, Callable] = {
+    "ResNet50": applications.ResNet50,
+    "MobileNetV2": functools.partial(applications.MobileNetV2, alpha=0.35),
+    "DenseNet121": applications.DenseNet121,
+    "EfficientNetV2B0": applications.EfficientNetV2B0,
+    "VGG16": applications.VGG16,
+}
+KINDS = (layers.Conv2D, layers.Dense, layers.DepthwiseConv2D)
+CASES = [
+    *((name, "fa_usf_sn") for name in BUILDERS),
+    ("MobileNetV2", "fa"),
+    ("MobileNetV2", "dfa"),
+    ("MobileNetV2", "fa_usf_const_ei"),
+]
+
+
+@functools.cache
+def stock(name: str) -> keras.Model:
+    """The application, for small images and ten classes. Do not train it."""
+    return BUILDERS[name](
+        weights=None,
+        include_top=name != "VGG16",  # its top is 100 MB
+        input_shape=(SIZE, SIZE, 3),
+        **({"pooling": "avg"} if name == "VGG16" else {"classes": 10}),
+    )
+
+
+def model_of(name: str) -> keras.Model:
+    """The application with a readout where it has none."""
+    body = stock(name)
+    if name != "VGG16":
+        return body
+    outputs = layers.Dense(10, activation="softmax", name="predictions")
+    return keras.Model(body.inputs, outputs(body.outputs[0]))
+
+
+def kinds(model: keras.Model, prefix: str = "") -> collections.Counter:
+    """How many layers there are of each kind with a kernel."""
+    names = [type(layer).__name__ for layer in model.layers]
+    wanted = [prefix + cls.__name__ for cls in KINDS]
+    return collections.Counter(name for name in names if name in wanted)
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_application(name: str, method: str, tmp_path: Path) -> None:
+    source = model_of(name)
+    model = convert(source, method)
+    assert np.array_equal(model(X), source(X))
+    assert not kinds(model)
+    counts = {f"FA{kind}": n for kind, n in kinds(source).items()}
+    assert kinds(model, "FA") == counts
+    assert len(feedback_layers(model)) == sum(counts.values()) > 13
+
+    model.compile(
+        keras.optimizers.Adam(1e-4),
+        "categorical_crossentropy",
+        run_eagerly=True,  # tracing these takes longer than a step
+    )
+    model.fit(
+        X, Y, batch_size=2, verbose=0, callbacks=METHODS[method].callbacks()
+    )
+    assert all(np.isfinite(weight).all() for weight in model.weights)
+    before = source.trainable_weights
+    moved = [
+        not np.array_equal(a, b)
+        for a, b in zip(before, model.trainable_weights)
+        if "kernel" in a.path
+    ]
+    assert all(moved)
+
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert all(
+        np.array_equal(a, b) for a, b in zip(loaded.weights, model.weights)
+    )
+    assert np.array_equal(loaded(X), model(X))
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("MobileNetV2", "fa_usf_const_ei"), ("MobileNetV2", "dfa")],
+)
+def test_exported_application(name: str, method: str, tmp_path: Path) -> None:
+    model = convert(model_of(name), method)
+    model.export(tmp_path / "served", verbose=False)
+    served = tf.saved_model.load(str(tmp_path / "served"))
+    np.testing.assert_allclose(served.serve(X), model(X), rtol=1e-3, atol=1e-6)

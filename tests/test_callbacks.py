@@ -1,0 +1,342 @@
+"""Strict normalization after every batch, and the monitor's files."""
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from tensorboard.backend.event_processing.event_accumulator import (
+    EventAccumulator,
+)
+
+from keras_fa import FADense
+from keras_fa import convert
+from keras_fa.callbacks import AlignmentMonitor
+from keras_fa.callbacks import StrictNormalization
+from keras_fa.layers.feedback import feedback_layers
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(16, 6)).astype("float32")
+Y = RNG.normal(size=(16, 3)).astype("float32")
+
+
+def network() -> keras.Model:
+    """A small multilayer perceptron."""
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(8, activation="relu", name="first"),
+            layers.Dense(8, activation="relu", name="second"),
+            layers.Dense(3, name="readout"),
+        ]
+    )
+
+
+def fit(model: keras.Model, *callbacks: keras.callbacks.Callback) -> None:
+    """Two epochs of four batches, with an optimizer that moves norms."""
+    if not model.compiled:
+        adam = keras.optimizers.Adam(0.05)
+        model.compile(adam, "mse", run_eagerly=True)
+    model.fit(
+        X, Y, batch_size=4, epochs=2, verbose=0, callbacks=list(callbacks)
+    )
+
+
+def mismatch(layer: layers.Layer) -> float:
+    """How far ||B|| / ||W|| is from 1."""
+    feedback = np.array(layer.effective_feedback_kernel(), "float64")
+    kernel = np.array(layer.kernel, "float64")
+    return abs(np.linalg.norm(feedback) / np.linalg.norm(kernel) - 1)
+
+
+class Spy(keras.callbacks.Callback):
+    """Looks at a model after every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def _look(self) -> None:
+        worst = max(mismatch(layer) for layer in feedback_layers(self.model))
+        norm = float(np.linalg.norm(self.model.get_layer("second").kernel))
+        self.seen.append((worst, norm))
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        self._look()
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        self._look()
+
+
+# StrictNormalization -------------------------------------------------------
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_norms_are_equal_after_every_batch(
+    loaded: bool, tmp_path: Path
+) -> None:
+    model = convert(network(), "fa_usf_sn")
+    assert all(mismatch(layer) < 1e-6 for layer in feedback_layers(model))
+    if loaded:
+        fit(model, StrictNormalization())
+        model.save(tmp_path / "model.keras")
+        model = keras.models.load_model(tmp_path / "model.keras")
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    spy = Spy()
+    fit(model, StrictNormalization(), spy)
+    assert len(spy.seen) == 9
+    assert max(worst for worst, _ in spy.seen) < 1e-6
+    norms = [norm for _, norm in spy.seen]
+    assert len(set(norms)) == 9  # one batch late would show
+
+
+def test_without_the_callback_norms_part() -> None:
+    spy = Spy()
+    fit(convert(network(), "fa_usf_sn"), spy)
+    assert spy.seen[0][0] < 1e-6
+    assert all(worst > 1e-4 for worst, _ in spy.seen[1:])
+
+
+def test_normalizes_at_train_begin() -> None:
+    model = convert(network(), "fa_usf_sn")
+    kernel = model.get_layer("second").kernel
+    kernel.assign(5.0 * kernel)
+    spy = Spy()
+    fit(model, StrictNormalization(), spy)
+    assert spy.seen[0][0] < 1e-6
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_in_a_loop_of_ones_own(compiled: bool) -> None:
+    model = convert(network(), "fa_usf_sn")
+    normalize, optimizer = StrictNormalization(), keras.optimizers.SGD(0.3)
+    optimizer.build(model.trainable_variables)
+
+    def step(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(model(x, training=True) - y))
+        weights = model.trainable_variables
+        gradients = tape.gradient(loss, [w.value for w in weights])
+        optimizer.apply(gradients, weights)
+        normalize.apply(model)
+        return loss
+
+    if compiled:
+        step = tf.function(step)
+    norms = set()
+    for _ in range(4):
+        step(X, Y)
+        assert all(mismatch(layer) < 1e-6 for layer in feedback_layers(model))
+        norms.add(float(np.linalg.norm(model.get_layer("second").kernel)))
+    assert len(norms) == 4
+
+
+def test_leaves_other_feedback_alone() -> None:
+    model = convert(
+        network(),
+        "fa_usf_sn",
+        layers={"first": "fa", "second": "fa_usf_init"},
+    )
+    first, second, readout = feedback_layers(model)
+    before = [np.array(layer.feedback_kernel) for layer in (first, second)]
+    strict = float(readout.feedback_kernel)
+    fit(model, StrictNormalization())
+    assert np.array_equal(first.feedback_kernel, before[0])
+    assert np.array_equal(second.feedback_kernel, before[1])
+    assert mismatch(readout) < 1e-6
+    assert float(readout.feedback_kernel) != strict
+
+
+def test_magnitudes_keep_their_ratios() -> None:
+    """Stored kernels that are not one number are scaled as a whole."""
+    layer = FADense(3, feedback_constraint="sign_concordance")
+    model = keras.Sequential([keras.Input((6,)), layer])
+    before = np.array(layer.feedback_kernel)
+    layer.kernel.assign(3.0 * layer.kernel)
+    StrictNormalization().apply(model)
+    ratios = np.array(layer.feedback_kernel) / before
+    np.testing.assert_allclose(ratios, ratios[0, 0], rtol=1e-5)
+    assert mismatch(layer) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["bp", "fa", "bp_noise", "dfa"])
+def test_nothing_to_normalize(method: str) -> None:
+    fit(convert(network(), method), StrictNormalization())
+
+
+def test_steps_per_execution_is_refused() -> None:
+    model = convert(network(), "fa_usf_sn")
+    model.compile("adam", "mse", steps_per_execution=2)
+    with pytest.raises(ValueError, match="steps_per_execution=2"):
+        model.fit(X, Y, verbose=0, callbacks=[StrictNormalization()])
+
+
+def test_layers_in_a_nested_model() -> None:
+    inner = keras.Sequential(
+        [keras.Input((6,)), layers.Dense(6, name="deep")], name="inner"
+    )
+    stock = keras.Sequential(
+        [keras.Input((6,)), inner, layers.Dense(3, name="second")]
+    )
+    spy = Spy()
+    fit(convert(stock, "fa_usf_sn"), StrictNormalization(), spy)
+    assert max(worst for worst, _ in spy.seen) < 1e-6
+
+
+def test_one_callback_serves_several_models() -> None:
+    callback = StrictNormalization()
+    for _ in range(2):
+        model, spy = convert(network(), "fa_usf_sn"), Spy()
+        fit(model, callback, spy)
+        assert max(worst for worst, _ in spy.seen) < 1e-6
+
+
+def test_under_two_replicas(
+    strategy: tf.distribute.Strategy, tmp_path: Path
+) -> None:
+    with strategy.scope():
+        model = convert(network(), "fa_usf_sn")
+        model.compile(keras.optimizers.SGD(0.3), "mse")
+    spy, monitor = Spy(), AlignmentMonitor((X, Y), tmp_path)
+    fit(model, StrictNormalization(), spy, monitor)
+    assert max(worst for worst, _ in spy.seen) < 1e-6
+    assert len({norm for _, norm in spy.seen}) == 9
+    assert set(monitor.history) == {0, 1}
+    assert list(tmp_path.rglob("events*"))
+
+
+# AlignmentMonitor ----------------------------------------------------------
+
+
+def events(folder: Path) -> dict[str, list[tuple[int, np.ndarray]]]:
+    """All that TensorBoard reads in a folder: tag to (step, value)."""
+    reader = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    reader.Reload()
+    return {
+        tag: [
+            (event.step, tf.make_ndarray(event.tensor_proto))
+            for event in reader.Tensors(tag)
+        ]
+        for tag in reader.Tags()["tensors"]
+    }
+
+
+def test_events(tmp_path: Path) -> None:
+    model = convert(network(), "fa_usf_sn", layers={"readout": "bp"})
+    monitor = AlignmentMonitor(probe=(X, Y), log_dir=tmp_path)
+    fit(model, StrictNormalization(), monitor)
+    found = events(tmp_path / "alignment")
+    names = ("first", "second", "readout")
+    measures = ("angle", "norm_ratio", "sign_agreement", "gradient_angle")
+    columns = [f"alignment/{m}/{n}" for n in names for m in measures]
+    assert sorted(monitor.columns) == sorted(columns)
+    histograms = {f"kernel/{n}" for n in names}
+    histograms |= {"feedback/first", "feedback/second"}
+    assert set(found) == {*columns, *histograms}
+    for column in columns:
+        assert [step for step, _ in found[column]] == [0, 1]
+        for step, value in found[column]:
+            wanted = monitor.history[step][column]
+            np.testing.assert_allclose(value, wanted, rtol=1e-6)
+    counts = found["kernel/second"][-1][1][:, 2]
+    assert counts.sum() == 64
+    low, high = found["kernel/second"][-1][1][[0, -1], [0, 1]]
+    kernel = np.array(model.get_layer("second").kernel)
+    np.testing.assert_allclose([low, high], [kernel.min(), kernel.max()])
+    final = monitor.history[1]["alignment/angle/second"]
+    feedback = model.get_layer("second").effective_feedback_kernel()
+    cosine = np.vdot(kernel, feedback) / np.linalg.norm(kernel) ** 2
+    np.testing.assert_allclose(np.cos(np.radians(final)), cosine, rtol=1e-4)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_every(every: int) -> None:
+    monitor = AlignmentMonitor((X, Y), every=every)
+    model = convert(network(), "fa")
+    fit(model, monitor)
+    assert list(monitor.history) == list(range(every - 1, 2, every))
+    assert len(monitor.columns) == 12
+    for row in monitor.history.values():
+        assert list(row) == monitor.columns
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, "2", None])
+def test_bad_every(every: object) -> None:
+    with pytest.raises(ValueError, match="positive integer"):
+        AlignmentMonitor((X, Y), every=every)
+
+
+def test_no_events_unless_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit(convert(network(), "fa"), AlignmentMonitor((X, Y)))
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_two_fits_in_a_row(tmp_path: Path) -> None:
+    model = convert(network(), "fa")
+    monitor = AlignmentMonitor((X, Y), tmp_path)
+    fit(model, monitor)
+    first = dict(monitor.history[1])
+    model.fit(X, Y, initial_epoch=2, epochs=4, verbose=0, callbacks=[monitor])
+    assert list(monitor.history) == [0, 1, 2, 3]
+    assert monitor.history[1] == first
+    assert monitor.history[3] != first
+    files = list(tmp_path.rglob("events*"))
+    assert len(files) == 2
+    steps = [
+        step
+        for step, _ in events(tmp_path / "alignment")["alignment/angle/first"]
+    ]
+    assert sorted(steps) == [0, 1, 2, 3]
+
+
+def test_dfa_has_gradient_angles_only() -> None:
+    monitor = AlignmentMonitor((X, Y))
+    fit(convert(network(), "dfa"), monitor)
+    assert monitor.columns == [
+        f"alignment/gradient_angle/{n}" for n in ("first", "second", "readout")
+    ]
+
+
+def test_monitor_needs_a_loss() -> None:
+    model = convert(network(), "fa")
+    model.compile("adam", ["mse"])
+    with pytest.raises(ValueError, match="one loss"):
+        fit(model, AlignmentMonitor((X, Y)))
+    monitor = AlignmentMonitor((X, Y), loss="mae")
+    fit(model, monitor)
+    assert monitor.history
+
+
+def test_dead_layers_are_not_written(tmp_path: Path) -> None:
+    model = convert(network(), "fa")
+    model.get_layer("first").trainable = False
+    model.get_layer("first").kernel.assign(np.zeros((6, 8)))
+    monitor = AlignmentMonitor((X, Y), tmp_path)
+    fit(model, monitor)
+    assert np.isnan(monitor.history[0]["alignment/angle/first"])
+    assert "alignment/angle/first" not in events(tmp_path / "alignment")
+
+
+def test_measuring_does_not_change_training() -> None:
+    def trained(*callbacks: keras.callbacks.Callback) -> list[np.ndarray]:
+        keras.utils.set_random_seed(3)
+        stock = keras.Sequential(
+            [
+                keras.Input((6,)),
+                layers.Dense(8, activation="relu"),
+                layers.BatchNormalization(),
+                layers.Dropout(0.3),
+                layers.Dense(3),
+            ]
+        )
+        model = convert(stock, "bp_noise")
+        fit(model, *callbacks)
+        return model.get_weights()
+
+    for a, b in zip(trained(), trained(AlignmentMonitor((X, Y)))):
+        assert np.array_equal(a, b)

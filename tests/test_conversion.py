@@ -1,0 +1,945 @@
+"""`convert` and `to_backprop`: the same model under another method."""
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from keras import ops
+
+import keras_fa
+from keras_fa import convert
+from keras_fa import refresh
+from keras_fa import to_backprop
+from keras_fa.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+CHAINED = [name for name, m in METHODS.items() if m.wiring == "chain"]
+WIRED = [name for name in METHODS if name not in CHAINED]
+IMAGES = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype("float32")
+VECTORS = np.random.default_rng(1).normal(size=(4, 6)).astype("float32")
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Bilinear(layers.Layer):
+    """A layer of a user's own, with a kernel."""
+
+    def build(self, shape: tuple) -> None:
+        self.kernel = self.add_weight(shape=(shape[-1], 3), name="kernel")
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        return ops.matmul(inputs, self.kernel)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class OwnDense(layers.Dense):
+    """A subclass of a layer that has a counterpart."""
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Halves(keras.constraints.Constraint):
+    """Moves a kernel towards 1: shows where in a chain it ran."""
+
+    def __call__(self, kernel: tf.Tensor) -> tf.Tensor:
+        return 0.5 * kernel + 0.5
+
+
+def sequential() -> keras.Sequential:
+    """A small convnet."""
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(4, 3, activation="relu", name="conv1"),
+            layers.BatchNormalization(name="norm"),
+            layers.MaxPooling2D(name="pool"),
+            layers.Conv2D(4, 2, name="conv2"),
+            layers.ReLU(name="relu"),
+            layers.Flatten(name="flatten"),
+            layers.Dropout(0.2, seed=3, name="dropout"),
+            layers.Dense(5, activation="tanh", name="hidden"),
+            layers.Dense(3, activation="softmax", name="readout"),
+        ],
+        name="small",
+    )
+    return _trained_looking(model)
+
+
+def functional() -> keras.Model:
+    """Two inputs, shared layers, a residual, operations, Normalization."""
+    image = keras.Input((8, 8, 3), name="image")
+    vector = keras.Input((6,), name="vector")
+    normalization = layers.Normalization(name="normalization")
+    normalization.adapt(IMAGES)
+    first = layers.Conv2D(4, 3, padding="same", name="first")(
+        normalization(image)
+    )
+    first = ops.relu(layers.BatchNormalization(name="bn")(first))
+    residual = layers.SeparableConv2D(4, 3, padding="same", name="separable")
+    merged = layers.Add(name="add")([first, residual(first)])
+    depthwise = layers.DepthwiseConv2D(3, name="depthwise")(merged)
+    pooled = layers.GlobalAveragePooling2D(name="pool")(depthwise)
+    shared = layers.Dense(4, activation="relu", name="shared")
+    joined = layers.Concatenate(name="join")(
+        [shared(shared(pooled)) * 2.0 - 0.1, ops.tanh(vector)]
+    )
+    joined = layers.Dropout(0.1, name="dropout")(joined)
+    outputs = layers.Dense(3, name="readout")(joined)
+    model = keras.Model([image, vector], outputs, name="several")
+    return _trained_looking(model)
+
+
+def dictionary() -> keras.Model:
+    """Inputs by name."""
+    image = keras.Input((8, 8, 3), name="image")
+    vector = keras.Input((6,), name="vector")
+    x = layers.Flatten(name="flatten")(image)
+    x = layers.Dense(5, activation="relu", name="left")(x)
+    y = layers.Dense(5, activation="relu", name="right")(vector)
+    outputs = layers.Dense(3, name="readout")(layers.Add(name="add")([x, y]))
+    return keras.Model({"vector": vector, "image": image}, outputs)
+
+
+def nested() -> keras.Model:
+    """Sequential and Functional models in each other, one called twice."""
+    inner = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(6, activation="relu", name="a"),
+            layers.BatchNormalization(name="inner_norm"),
+            layers.Dense(6, name="b"),
+        ],
+        name="inner",
+    )
+    start = keras.Input((6,))
+    block = layers.Dense(6, activation="tanh", name="c")(start)
+    block = keras.Model(start, layers.Add(name="skip")([start, block]))
+    block.name = "block"
+    outer = keras.Sequential([keras.Input((6,)), block, inner], name="outer")
+    vector = keras.Input((6,), name="vector")
+    outputs = layers.Dense(3, name="readout")(outer(inner(vector)))
+    return _trained_looking(keras.Model(vector, outputs, name="nest"))
+
+
+MODELS = {
+    "sequential": (sequential, IMAGES),
+    "functional": (functional, [IMAGES, VECTORS]),
+    "dictionary": (dictionary, {"vector": VECTORS, "image": IMAGES}),
+    "nested": (nested, VECTORS),
+}
+CASES = [
+    (kind, method)
+    for kind in MODELS
+    for method in (CHAINED if kind == "nested" else METHODS)
+]
+# Where a model is trained, saved or exported: each method and each model.
+FEW = [("functional", method) for method in METHODS] + [
+    ("dictionary", "fa_usf_const_ei"),
+    ("dictionary", "dfa"),
+    ("nested", "fa"),
+    ("nested", "fa_usf_sn"),
+    ("nested", "fa_usf_const_ei"),
+]
+
+
+def _trained_looking(model: keras.Model) -> keras.Model:
+    """Statistics and biases that are not what a fresh model has."""
+    generator = np.random.default_rng(5)
+    for weight in model.weights:
+        if weight.name in ("gamma", "beta", "bias", "moving_variance"):
+            value = generator.uniform(0.5, 1.5, weight.shape)
+            weight.assign(value.astype("float32"))
+    return model
+
+
+def leaves(model: keras.Model) -> list[layers.Layer]:
+    """All layers but inputs, those of nested models in their place."""
+    found = []
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            found += leaves(layer)
+        elif not isinstance(layer, layers.InputLayer):
+            found.append(layer)
+    return list(dict.fromkeys(found))  # a nested model may be there twice
+
+
+def by_name(model: keras.Model) -> dict[str, layers.Layer]:
+    """The leaves of a model by name."""
+    return {layer.name: layer for layer in leaves(model)}
+
+
+def values(model: keras.Model) -> list[np.ndarray]:
+    """Copies of all weights."""
+    return [np.array(weight) for weight in model.weights]
+
+
+def remembered(model: keras.Model) -> list[np.ndarray]:
+    """The fixed signs and norms of a model."""
+    return [
+        np.array(value)
+        for layer in leaves(model)
+        if isinstance(layer, keras_fa.layers.FADense | keras_fa.FAConv2D)
+        and hasattr(layer.kernel.constraint, "state")
+        for value in layer.kernel.constraint.state.values()
+    ]
+
+
+def train(model: keras.Model, x: object, method: str, steps: int = 3) -> None:
+    """A few eager steps of Adam with the method's callbacks."""
+    model.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=True)
+    callbacks = keras.callbacks.CallbackList(
+        METHODS[method].callbacks(), model=model
+    )
+    callbacks.on_train_begin()
+    for step in range(steps):
+        model.train_on_batch(x, np.ones((4, 3), "float32"))
+        callbacks.on_train_batch_end(step)
+
+
+def all_equal(ours: list, theirs: list) -> bool:
+    """Whether two lists of arrays are equal to the last bit."""
+    return len(ours) == len(theirs) and all(
+        np.array_equal(a, b) for a, b in zip(ours, theirs)
+    )
+
+
+def run_python(code: str, *arguments: object) -> str:
+    """Runs code in a new process; its output. It must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# The same model ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "method"), CASES)
+def test_same_outputs_names_and_weights(kind: str, method: str) -> None:
+    build, x = MODELS[kind]
+    stock = build()
+    config, before = json.dumps(stock.get_config()), values(stock)
+    model = convert(stock, method)
+
+    assert np.array_equal(model(x), stock(x))
+    ours = by_name(model)
+    assert set(ours) >= set(by_name(stock))
+    if method in CHAINED:
+        assert [a.name for a in leaves(model)] == list(by_name(stock))
+        assert type(model) is type(stock)
+    for name, layer in by_name(stock).items():
+        theirs = layer.weights
+        assert all_equal(ours[name].weights[: len(theirs)], theirs)
+        if any(w.name.endswith("kernel") for w in theirs):
+            assert type(ours[name]).__name__ == f"FA{type(layer).__name__}"
+    assert json.dumps(stock.get_config()) == config
+    assert all_equal(values(stock), before)
+
+
+@pytest.mark.parametrize(("kind", "method"), FEW)
+def test_training_leaves_the_source_alone(kind: str, method: str) -> None:
+    build, x = MODELS[kind]
+    stock = build()
+    before = values(stock)
+    model = convert(stock, method)
+    train(model, x, method)
+    assert all(np.isfinite(value).all() for value in values(model))
+    assert not np.array_equal(model(x), stock(x))
+    assert all_equal(values(stock), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_training_mode_outputs(method: str) -> None:
+    stock = sequential()
+    model = convert(stock, method)
+    assert np.array_equal(
+        model(IMAGES, training=True), stock(IMAGES, training=True)
+    )
+    statistics = "moving_mean", "moving_variance"
+    for name in statistics:
+        ours, theirs = (
+            getattr(m.get_layer("norm"), name) for m in (model, stock)
+        )
+        assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scope", ["global", "layers"])
+def test_mixed_precision(method: str, scope: str) -> None:
+    before = keras.config.dtype_policy()
+    try:
+        if scope == "global":
+            keras.config.set_dtype_policy("mixed_bfloat16")
+        policy = "mixed_bfloat16"
+        stock = keras.Sequential(
+            [
+                keras.Input((6,)),
+                layers.Dense(5, activation="relu", name="a", dtype=policy),
+                layers.Dense(5, name="b", dtype=policy),
+                layers.Dense(3, name="readout", dtype=policy),
+            ]
+        )
+    finally:
+        # Converted under another policy than it was built under.
+        keras.config.set_dtype_policy(before)
+    model = convert(stock, method)
+    outputs = model(VECTORS)
+    assert outputs.dtype == model.outputs[0].dtype == "bfloat16"
+    assert np.array_equal(outputs, stock(VECTORS))
+    train(model, VECTORS, method)
+    assert all(np.isfinite(value).all() for value in values(model))
+    assert model.get_layer("a").dtype_policy.name == policy
+    assert model.get_layer("a").kernel.dtype == "float32"
+
+
+def test_dtype_policies_per_layer_stay() -> None:
+    stock = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(5, dtype="mixed_bfloat16", name="low"),
+            layers.Dense(3, dtype="float32", name="full"),
+        ]
+    )
+    model = convert(stock, "fa_usf_sn")
+    policies = [layer.dtype_policy.name for layer in model.layers]
+    assert policies == ["mixed_bfloat16", "float32"]
+    assert np.array_equal(model(VECTORS), stock(VECTORS))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_layers_stay_frozen(method: str) -> None:
+    stock = sequential()
+    stock.get_layer("conv1").trainable = False
+    stock.get_layer("norm").trainable = False
+    model = convert(stock, method)
+    frozen = [model.get_layer(name) for name in ("conv1", "norm")]
+    assert not any(layer.trainable for layer in frozen)
+    before = [np.array(w) for w in frozen[0].weights[:2]]
+    hidden = np.array(model.get_layer("hidden").kernel)
+    train(model, IMAGES, method)
+    assert all_equal([np.array(w) for w in frozen[0].weights[:2]], before)
+    assert not np.array_equal(model.get_layer("hidden").kernel, hidden)
+    assert not to_backprop(model).get_layer("conv1").trainable
+
+
+def test_frozen_nested_model_stays_frozen() -> None:
+    stock = nested()
+    stock.get_layer("inner").trainable = False
+    model = convert(stock, "fa_usf_sn")
+    frozen = model.get_layer("inner").layers
+    assert not any(
+        weight.trainable for inner in frozen for weight in inner.weights
+    )
+    assert len(model.trainable_weights) == len(stock.trainable_weights)
+
+
+def test_layers_shared_stay_shared() -> None:
+    model = convert(functional(), "fa")
+    assert sum(layer.name == "shared" for layer in model.layers) == 1
+    inner = convert(nested(), "fa").get_layer("inner")
+    assert len(inner._inbound_nodes) >= 1
+    a = [
+        layer for layer in leaves(convert(nested(), "fa")) if layer.name == "a"
+    ]
+    assert len({id(layer) for layer in a}) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_models_stay_compiled(method: str) -> None:
+    stock = sequential()
+    assert not convert(stock, method).compiled
+    stock.compile(
+        keras.optimizers.SGD(0.25, momentum=0.5), "mse", metrics=["mae"]
+    )
+    for model in (
+        convert(stock, method),
+        to_backprop(convert(stock, method)),
+        convert(convert(stock, method), "fa"),
+    ):
+        assert model.compiled
+        assert model.optimizer is not stock.optimizer
+        assert float(model.optimizer.learning_rate) == 0.25
+        assert model.optimizer.momentum == 0.5
+        logs = model.train_on_batch(IMAGES, np.ones((4, 3)), return_dict=True)
+        assert set(logs) == {"loss", "mae"}
+
+
+class Counting(keras.Model):
+    """A Functional model with a training step of its own."""
+
+    steps = 0
+
+    def train_step(self, *args: object) -> dict:
+        type(self).steps += 1
+        return super().train_step(*args)
+
+
+@pytest.mark.parametrize("method", ["fa", "dfa"])
+def test_functional_subclass_keeps_its_class(method: str) -> None:
+    start = keras.Input((6,))
+    x = layers.Dense(4, activation="relu")(start)
+    model = convert(Counting(start, layers.Dense(3)(x)), method)
+    Counting.steps = 0
+    train(model, VECTORS, method, steps=1)
+    assert type(model) is Counting
+    assert Counting.steps > 0
+
+
+def test_deferred_sequential_that_was_called() -> None:
+    stock = keras.Sequential([layers.Dense(4), layers.Dense(3)])
+    stock(VECTORS)
+    for method in METHODS:
+        assert np.array_equal(convert(stock, method)(VECTORS), stock(VECTORS))
+
+
+# Feedback starts independently --------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_feedback_is_not_the_forward_kernel(seed: int | None) -> None:
+    same = keras.initializers.HeNormal(seed=seed)
+    stock = keras.Sequential(
+        [keras.Input((16,))]
+        + [
+            layers.Dense(16, kernel_initializer=same, name=name)
+            for name in "abc"
+        ]
+    )
+    model = convert(stock, "fa")
+    forward = [np.array(layer.kernel).ravel() for layer in model.layers]
+    back = [np.array(layer.feedback_kernel).ravel() for layer in model.layers]
+    for own in forward:
+        for other in back:
+            assert abs(np.corrcoef(own, other)[0, 1]) < 0.25
+
+
+def test_kernel_without_randomness() -> None:
+    stock = keras.Sequential(
+        [keras.Input((6,)), layers.Dense(3, kernel_initializer="zeros")]
+    )
+    with pytest.raises(ValueError, match="B_0 would be W_0"):
+        convert(stock, "fa")
+    model = convert(stock, "fa_usf_sn")
+    assert np.array_equal(model(VECTORS), stock(VECTORS))
+
+
+# Files ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "method"), FEW)
+def test_stock_weights_file_loads(
+    kind: str, method: str, tmp_path: Path
+) -> None:
+    build, x = MODELS[kind]
+    source, model = build(), convert(build(), method)
+    _move(source)
+    assert not np.array_equal(model(x), source(x))
+    for file in ("stock.weights.h5", "stock.keras"):
+        _move(source)
+        path = str(tmp_path / file)
+        source.save(path) if file.endswith("keras") else source.save_weights(
+            path
+        )
+        model.load_weights(path)
+        assert np.array_equal(model(x), source(x))
+        for layer in leaves(model):
+            _check_memory(layer)
+
+
+def _move(model: keras.Model) -> None:
+    """Other kernels, of other signs and norms."""
+    generator = np.random.default_rng()
+    for weight in model.trainable_weights:
+        value = 0.3 * generator.normal(size=weight.shape)
+        weight.assign(value.astype("float32"))
+
+
+def _check_memory(layer: layers.Layer) -> None:
+    """Signs and norms are those of the kernel now."""
+    constraint = getattr(getattr(layer, "kernel", None), "constraint", None)
+    kernel = np.array(layer.kernel) if constraint is not None else None
+    state = getattr(constraint, "state", {})
+    if "signs" in state:
+        assert np.array_equal(state["signs"], np.where(kernel < 0, -1, 1))
+    if "norm" in state:
+        norm = np.linalg.norm(kernel)
+        np.testing.assert_allclose(state["norm"], norm, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "method"), FEW)
+def test_own_file_brings_everything_back(
+    kind: str, method: str, tmp_path: Path
+) -> None:
+    build, x = MODELS[kind]
+    model = convert(build(), method)
+    train(model, x, method)
+    other = build()
+    _move(other)
+    other = convert(other, method)
+    model.save_weights(tmp_path / "ours.weights.h5")
+    other.load_weights(tmp_path / "ours.weights.h5")
+    model.save(tmp_path / "ours.keras")
+    whole = keras.models.load_model(tmp_path / "ours.keras")
+    for loaded in (other, whole):
+        assert np.array_equal(loaded(x), model(x))
+        assert all_equal(values(loaded), values(model))
+        assert all_equal(remembered(loaded), remembered(model))
+    # The steps that follow are the same, too.
+    if method != "bp_noise" and kind in ("dictionary", "nested"):
+        train(model, x, method, steps=2)
+        train(whole, x, method, steps=2)
+        assert all_equal(values(whole), values(model))
+
+
+def test_remembered_signs_and_norms_are_of_the_start(tmp_path: Path) -> None:
+    stock = sequential()
+    model = convert(stock, "fa_usf_const_ei")
+    train(model, IMAGES, "fa_usf_const_ei", steps=10)
+    kernel = np.array(stock.get_layer("hidden").kernel)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for each in (model, loaded):
+        layer = each.get_layer("hidden")
+        signs = np.array(layer.kernel.constraint.state["signs"])
+        assert np.array_equal(signs, np.sign(kernel))
+        assert (np.array(layer.kernel) * signs >= 0).all()
+        np.testing.assert_allclose(
+            np.linalg.norm(layer.kernel), np.linalg.norm(kernel), rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("saved", "into"),
+    [
+        ("fa_usf_sn", "fa"),
+        ("fa", "fa_usf_sn"),
+        ("fa", "fa_usf_const_ei"),
+        ("fa_usf_init", "fa_usf_init_ei"),
+        ("bp_const", "fa_usf_sn"),
+    ],
+)
+def test_file_of_another_method_is_refused(
+    saved: str, into: str, tmp_path: Path
+) -> None:
+    convert(sequential(), saved).save_weights(tmp_path / "x.weights.h5")
+    with pytest.raises(ValueError, match="written under another method"):
+        convert(sequential(), into).load_weights(tmp_path / "x.weights.h5")
+
+
+@pytest.mark.parametrize("direction", ["to dfa", "from dfa"])
+def test_file_of_another_wiring_is_refused(
+    direction: str, tmp_path: Path
+) -> None:
+    methods = ["fa", "dense_fa"]
+    saved, into = methods if direction == "to dfa" else methods[::-1]
+    convert(sequential(), saved).save_weights(tmp_path / "x.weights.h5")
+    with pytest.raises(ValueError, match="written under another method"):
+        convert(sequential(), into).load_weights(tmp_path / "x.weights.h5")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pickle_deepcopy_and_clone(method: str) -> None:
+    model = convert(sequential(), method)
+    train(model, IMAGES, method, steps=1)
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert np.array_equal(again(IMAGES), model(IMAGES))
+        assert all_equal(values(again), values(model))
+        assert all_equal(remembered(again), remembered(model))
+    clone = keras.models.clone_model(model)
+    assert [type(a) for a in clone.layers] == [type(a) for a in model.layers]
+    clone.set_weights(model.get_weights())
+    refresh(clone)
+    assert np.array_equal(clone(IMAGES), model(IMAGES))
+    train(clone, IMAGES, method, steps=1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_export_serves_the_same(method: str, tmp_path: Path) -> None:
+    model = convert(sequential(), method)
+    train(model, IMAGES, method, steps=1)
+    model.export(tmp_path / "served", verbose=False)
+    served = tf.saved_model.load(str(tmp_path / "served"))
+    np.testing.assert_allclose(
+        served.serve(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-6
+    )
+
+
+_LOAD = """
+import sys
+import numpy as np
+import keras
+{imports}
+folder = sys.argv[1]
+data = np.load(f"{{folder}}/data.npz")
+for name in data.files:
+    if name == "x":
+        continue
+    model = keras.models.load_model(f"{{folder}}/{{name}}.keras")
+    assert np.array_equal(model(data["x"]), data[name]), name
+    before = [np.array(w) for w in model.trainable_weights]
+    model.compile("adam", "mse")
+    model.fit(data["x"], np.ones((4, 3)), verbose=0)
+    after = model.trainable_weights
+    assert not any(np.array_equal(a, b) for a, b in zip(before, after)), name
+    print(name)
+assert ("keras_fa" in sys.modules) == {ours}
+"""
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_saved_models_load_in_a_fresh_process(
+    ours: bool, tmp_path: Path
+) -> None:
+    data = {"x": IMAGES}
+    for method in METHODS:
+        model = convert(sequential(), method)
+        train(model, IMAGES, method, steps=1)
+        if not ours:
+            plain = to_backprop(model)
+            assert np.array_equal(plain(IMAGES), model(IMAGES))
+            model = plain
+        model.save(tmp_path / f"{method}.keras")
+        data[method] = np.array(model(IMAGES))
+    np.savez(tmp_path / "data.npz", **data)
+    imports = "import keras_fa" if ours else ""
+    out = run_python(_LOAD.format(imports=imports, ours=ours), tmp_path)
+    assert out.split() == list(METHODS)
+
+
+# Choices per layer ---------------------------------------------------------
+
+
+def rules(model: keras.Model) -> dict[str, str]:
+    """The class name of each FA layer's rule, "" for FA."""
+    return {
+        layer.name: type(layer.feedback_constraint).__name__.replace(
+            "NoneType", ""
+        )
+        for layer in leaves(model)
+        if hasattr(layer, "feedback_constraint")
+    }
+
+
+def test_methods_per_layer_names_win() -> None:
+    model = convert(
+        sequential(),
+        "fa_usf_sn",
+        layers={layers.Dense: "fa", "readout": "bp"},
+    )
+    assert rules(model) == {
+        "conv1": "SignConcordance",
+        "conv2": "SignConcordance",
+        "hidden": "",
+        "readout": "TiedKernel",
+    }
+    assert np.array_equal(model(IMAGES), sequential()(IMAGES)) is False
+    again = convert(model, "fa", layers={keras_fa.FAConv2D: METHODS["bp"]})
+    assert rules(again)["conv1"] == "TiedKernel"
+    assert rules(again)["hidden"] == ""
+
+
+def test_methods_per_layer_reach_nested_models() -> None:
+    model = convert(nested(), "fa", layers={"b": "bp", "c": "fa_usf_init"})
+    assert rules(model) == {
+        "a": "",
+        "b": "TiedKernel",
+        "c": "SignConcordance",
+        "readout": "",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "FA"}, "Unknown method 'FA'.*fa_usf_sn"),
+        ({"method": None}, "Unknown method None"),
+        ({"method": ["fa"]}, "Unknown method"),
+        ({"layers": {"nowhere": "bp"}}, "'nowhere'.*conv1"),
+        ({"layers": {"conv1": "bq"}}, "Unknown method 'bq'"),
+        ({"layers": {"conv1": None}}, "Unknown method None"),
+        ({"layers": {"pool": "bp"}}, "'pool'.*MaxPooling2D"),
+        ({"layers": {layers.LSTM: "bp"}}, "LSTM.*Conv2D"),
+        ({"layers": {3: "bp"}}, "names and classes.*3"),
+        ({"layers": {"conv1": "dfa"}}, "whole model.*conv1.*dfa"),
+        ({"layers": {"conv1": "dense_fa"}}, "whole model.*conv1.*dense_fa"),
+        ({"layers": ["conv1"]}, "dict"),
+        ({"skip": ["nowhere"]}, "'nowhere'.*skip"),
+        ({"skip": ["conv1"]}, "'conv1'.*FA.*bp"),
+        ({"skip": "conv1"}, "'conv1'.*FA.*bp"),
+        ({"method": "dfa", "layers": {"conv1": "bp"}}, "whole model"),
+        ({"method": "dense_fa", "layers": {"conv1": "bp"}}, "whole model"),
+    ],
+)
+def test_wrong_choices(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        convert(sequential(), **{"method": "fa", **arguments})
+
+
+def test_a_method_of_ones_own() -> None:
+    method = keras_fa.methods.Method(
+        name="mine",
+        title="Mine",
+        definition="B = 0.1",
+        standing="ours",
+        feedback_initializer=keras.initializers.Constant(0.1),
+    )
+    model = convert(sequential(), method)
+    feedback = model.get_layer("hidden").effective_feedback_kernel()
+    assert np.array_equal(feedback, np.full_like(feedback, 0.1))
+
+
+# Layers without a counterpart ----------------------------------------------
+
+
+def _around(layer: layers.Layer, shape: tuple = (5, 6)) -> keras.Model:
+    """A model with a Dense layer on each side of another one."""
+    start = keras.Input(shape)
+    x = layers.Dense(6, name="below")(start)
+    x = layer(x, x) if "Attention" in type(layer).__name__ else layer(x)
+    return keras.Model(start, layers.Dense(3, name="above")(x))
+
+
+ODD: dict[str, Callable[[], layers.Layer]] = {
+    "LSTM": lambda: layers.LSTM(4, name="odd"),
+    "MultiHeadAttention": lambda: layers.MultiHeadAttention(2, 3, name="odd"),
+    "TimeDistributed": lambda: layers.TimeDistributed(
+        layers.Dense(4), name="odd"
+    ),
+    "Bidirectional": lambda: layers.Bidirectional(layers.GRU(3), name="odd"),
+    "RNN": lambda: layers.RNN(layers.SimpleRNNCell(4), name="odd"),
+    "Bilinear": lambda: Bilinear(name="odd"),
+    "OwnDense": lambda: OwnDense(4, name="odd"),
+    "SpectralNormalization": lambda: layers.SpectralNormalization(
+        layers.Dense(4), name="odd"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("method", ["fa", "dfa"])
+def test_layer_without_counterpart(kind: str, method: str) -> None:
+    stock = _around(ODD[kind]())
+    x = np.random.normal(size=(4, 5, 6)).astype("float32")
+    with pytest.raises(ValueError, match=rf"'odd' \({kind}\).*skip=\['odd'\]"):
+        convert(stock, method)
+    model = convert(stock, method, skip=["odd"])
+    assert np.array_equal(model(x), stock(x))
+    assert type(model.get_layer("odd")) is type(stock.get_layer("odd"))
+    assert np.array_equal(to_backprop(model)(x), stock(x))
+    with pytest.raises(ValueError, match="'odd'"):
+        convert(model, "fa_usf_sn")
+    again = convert(model, "fa_usf_sn", skip="odd")
+    assert np.array_equal(again(x), stock(x))
+
+
+def test_layer_without_counterpart_is_not_hidden_by_a_namesake() -> None:
+    first = keras.Sequential([keras.Input((4, 2)), layers.LSTM(3, name="x")])
+    second = keras.Sequential([keras.Input((3,)), layers.Dense(3, name="x")])
+    start = keras.Input((4, 2))
+    with pytest.raises(ValueError, match=r"'x' \(LSTM\)"):
+        convert(keras.Model(start, second(first(start))), "fa")
+
+
+def test_embedding_and_other_weights_need_no_skip() -> None:
+    stock = keras.Sequential(
+        [
+            keras.Input((5,), dtype="int32"),
+            layers.Embedding(7, 4, mask_zero=True),
+            layers.GlobalAveragePooling1D(),
+            layers.LayerNormalization(),
+            layers.PReLU(),
+            layers.Dense(3),
+        ]
+    )
+    x = np.array([[1, 2, 3, 0, 0], [4, 5, 6, 1, 0]])
+    for method in METHODS:
+        assert np.array_equal(convert(stock, method)(x), stock(x))
+
+
+class Subclassed(keras.Model):
+    """A model whose layers nobody can see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = layers.Dense(3)
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        return self.dense(inputs)
+
+
+def _called(model: keras.Model) -> keras.Model:
+    model(VECTORS)
+    return model
+
+
+@pytest.mark.parametrize("way", [lambda m: convert(m, "fa"), to_backprop])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: keras.Sequential([layers.Dense(3)]), "not built"),
+        (lambda: keras.Sequential(), "not built"),
+        (lambda: _called(Subclassed()), "Functional and Sequential"),
+        (lambda: layers.Dense(3), "Functional and Sequential.*Dense"),
+        (lambda: None, "Functional and Sequential.*None"),
+        (lambda: "model.keras", "Functional and Sequential.*str"),
+    ],
+)
+def test_what_cannot_be_converted(
+    way: Callable, model: Callable, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        way(model())
+
+
+def test_subclassed_model_inside_is_named() -> None:
+    start = keras.Input((6,))
+    inner = Subclassed()
+    inner.name = "inside"
+    with pytest.raises(ValueError, match="'inside'"):
+        convert(keras.Model(start, inner(start)), "fa")
+
+
+# Kernel constraints --------------------------------------------------------
+
+
+def test_constraints_compose_in_order() -> None:
+    dense = layers.Dense(3, kernel_constraint=Halves(), name="fc")
+    stock = keras.Sequential([keras.Input((6,)), dense])
+    model = convert(stock, "fa_usf_const_ei")
+    layer = model.get_layer("fc")
+    names = [type(c).__name__ for c in layer.kernel.constraint.constraints]
+    assert names == ["FixedSign", "Halves", "ConstantNorm"]
+
+    start = np.array(stock.get_layer("fc").kernel)
+    moved = np.random.default_rng(2).normal(size=start.shape)
+    expected = np.where(moved * start > 0, moved, 0.0) * 0.5 + 0.5
+    expected *= np.linalg.norm(start) / np.linalg.norm(expected)
+    moved = keras.ops.convert_to_tensor(moved.astype("float32"))
+    np.testing.assert_allclose(
+        layer.kernel.constraint(moved), expected, rtol=1e-5
+    )
+
+    for method in METHODS:
+        model = convert(model, method)
+        kept = model.get_layer("fc").kernel.constraint
+        parts = getattr(kept, "constraints", [kept])
+        assert sum(isinstance(part, Halves) for part in parts) == 1
+    plain = to_backprop(convert(stock, "fa_usf_const_ei"))
+    assert type(plain.get_layer("fc").kernel_constraint) is Halves
+
+
+def test_each_layer_has_its_own_constraint() -> None:
+    model = convert(sequential(), "bp_const")
+    norms = [np.array(norm) for norm in remembered(model)]
+    assert len(norms) == 4
+    assert len({float(norm) for norm in norms}) == 4
+
+
+# And back ------------------------------------------------------------------
+
+
+def traces(config: object) -> bool:
+    """Whether a config names this package anywhere."""
+    return "keras_fa" in json.dumps(config)
+
+
+@pytest.mark.parametrize(("kind", "method"), FEW)
+def test_to_backprop_leaves_no_trace(kind: str, method: str) -> None:
+    build, x = MODELS[kind]
+    model = convert(build(), method)
+    train(model, x, method, steps=1)
+    config = json.dumps(model.get_config())
+    assert traces(model.get_config())
+    plain = to_backprop(model)
+    assert not traces(plain.get_config())
+    for layer in plain._flatten_layers():
+        assert not type(layer).__module__.startswith("keras_fa")
+        for held in (*vars(layer).values(), *layer.weights):
+            for one in (held, *(vars(held).values() if _plain(held) else ())):
+                assert not type(one).__module__.startswith("keras_fa"), one
+    assert np.array_equal(plain(x), model(x))
+    assert json.dumps(model.get_config()) == config
+    before = np.array(plain(x))
+    train(plain, x, "bp", steps=1)
+    assert not np.array_equal(plain(x), before)
+
+
+def _plain(held: object) -> bool:
+    return isinstance(held, keras.Variable)
+
+
+def test_to_backprop_of_stock_layers_with_our_constraint() -> None:
+    dense = layers.Dense(
+        3, kernel_constraint=keras_fa.constraints.ConstantNorm()
+    )
+    model = keras.Sequential([keras.Input((6,)), dense])
+    dense.kernel_constraint.build(dense.kernel)
+    plain = to_backprop(model)
+    assert not traces(plain.get_config())
+    assert np.array_equal(plain(VECTORS), model(VECTORS))
+
+
+def test_to_backprop_of_a_stock_model_is_a_copy() -> None:
+    stock = functional()
+    plain = to_backprop(stock)
+    assert plain is not stock
+    assert json.dumps(plain.get_config()) == json.dumps(stock.get_config())
+    assert np.array_equal(plain([IMAGES, VECTORS]), stock([IMAGES, VECTORS]))
+
+
+@pytest.mark.parametrize("second", METHODS)
+@pytest.mark.parametrize("first", ["fa_usf_const_ei", "dense_fa"])
+def test_converting_a_converted_model(first: str, second: str) -> None:
+    stock = sequential()
+    once = convert(stock, first)
+    train(once, IMAGES, first, steps=1)
+    twice = convert(once, second)
+    assert np.array_equal(twice(IMAGES), once(IMAGES))
+    fresh = convert(stock, second)
+    assert rules(twice) == rules(fresh)
+    kinds = [type(layer).__name__ for layer in twice.layers]
+    for name in ("SendError", "StopError"):
+        wanted = sum(type(a).__name__ == name for a in fresh.layers)
+        assert kinds.count(name) == wanted
+    constraints = [
+        type(getattr(layer, "kernel_constraint", None))
+        for layer in leaves(twice)
+    ]
+    for layer in leaves(fresh):
+        assert type(getattr(layer, "kernel_constraint", None)) in constraints
+    for layer in leaves(twice):
+        _check_memory(layer)
+
+
+def test_to_backprop_of_a_fa_subclass_is_refused() -> None:
+    class Mine(keras_fa.FADense):
+        """A subclass whose stock counterpart is not known."""
+
+    model = keras.Sequential([keras.Input((6,)), Mine(3, name="mine")])
+    with pytest.raises(ValueError, match=r"'mine'.*Mine"):
+        to_backprop(model)
+
+
+def test_refresh_after_a_bare_assign() -> None:
+    model = convert(sequential(), "fa_usf_const_ei")
+    _move(model)
+    layer = model.get_layer("hidden")
+    kernel = np.array(layer.kernel)
+    refresh(model)
+    _check_memory(layer)
+    norm = np.linalg.norm(kernel)
+    feedback = layer.effective_feedback_kernel()
+    np.testing.assert_allclose(np.linalg.norm(feedback), norm, rtol=1e-6)

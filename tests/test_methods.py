@@ -1,0 +1,139 @@
+"""The table of methods, as PAPER's rows define them."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from keras_fa import convert
+from keras_fa import methods
+from keras_fa.callbacks import StrictNormalization
+from keras_fa.methods import METHODS
+
+ROWS = {
+    "bp": "BP",
+    "bp_noise": "BP + Noise",
+    "bp_alignment": "BP + Alignment",
+    "fa": "FA",
+    "fa_usf_init_ei": "FA-uSF Init. E/I",
+    "fa_usf_init": "FA-uSF Init.",
+    "fa_usf_sn": "FA-uSF SN",
+    "dfa": "DFA",
+    "dense_fa": "DenseFA",
+    "bp_const": "BP Const.",
+    "fa_usf_const": "FA-uSF Const.",
+    "fa_usf_const_ei": "FA-uSF Const. E/I",
+}
+OURS = {
+    "bp_noise",
+    "bp_alignment",
+    "dense_fa",
+    "fa_usf_const",
+    "fa_usf_const_ei",
+}
+X = np.random.default_rng(0).normal(size=(16, 12)).astype("float32")
+
+
+def trained(method: str, steps: int = 12) -> tuple[np.ndarray, layers.Layer]:
+    """A hidden kernel at the start, and its layer after some steps."""
+    stock = keras.Sequential(
+        [
+            keras.Input((12,)),
+            layers.Dense(10, activation="relu", name="hidden"),
+            layers.Dense(4, name="readout"),
+        ]
+    )
+    model = convert(stock, method)
+    start = np.array(model.get_layer("hidden").kernel)
+    model.compile(keras.optimizers.Adam(0.05), "mse", run_eagerly=True)
+    model.fit(
+        X,
+        X[:, :4] ** 2,
+        epochs=steps,
+        verbose=0,
+        callbacks=METHODS[method].callbacks(),
+    )
+    return start, model.get_layer("hidden")
+
+
+def test_rows() -> None:
+    assert {name: m.title for name, m in METHODS.items()} == ROWS
+    assert all(name == m.name for name, m in METHODS.items())
+    ours = {n for n, m in METHODS.items() if m.standing == "our reading"}
+    assert ours == OURS
+    assert all(m.definition and m.standing for m in METHODS.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_callbacks_are_fresh(method: str) -> None:
+    first, second = (METHODS[method].callbacks() for _ in range(2))
+    strict = method in ("fa_usf_sn", "dense_fa")
+    assert [type(c) for c in first] == [StrictNormalization] * strict
+    assert first is not second
+    assert all(a is not b for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_the_definition_says_holds_after_training(method: str) -> None:
+    start, layer = trained(method)
+    kernel = np.array(layer.kernel)
+    feedback = np.array(layer.effective_feedback_kernel())
+    signs = np.sign(kernel)
+    norm = np.linalg.norm
+    assert not np.array_equal(kernel, start)
+    if method in ("bp", "bp_const", "bp_alignment", "dfa"):
+        assert np.array_equal(feedback, kernel)
+    if method == "fa":
+        assert np.array_equal(feedback, layer.feedback_kernel)
+    if "init" in method:
+        magnitudes = np.abs(np.array(layer.feedback_kernel))
+        np.testing.assert_array_equal(np.abs(feedback), magnitudes)
+        assert magnitudes.std() > 0
+    if "usf" in method or method == "dense_fa":
+        alive = kernel != 0
+        assert np.array_equal(np.sign(feedback)[alive], signs[alive])
+    if method in ("fa_usf_sn", "dense_fa"):
+        uniform = norm(kernel) / np.sqrt(kernel.size)
+        np.testing.assert_allclose(np.abs(feedback), uniform, rtol=1e-5)
+    if "const" in method:
+        np.testing.assert_allclose(norm(kernel), norm(start), rtol=1e-5)
+    if "usf_const" in method:
+        uniform = norm(start) / np.sqrt(kernel.size)
+        np.testing.assert_allclose(np.abs(feedback), uniform, rtol=1e-5)
+    if method.endswith("_ei"):
+        assert (kernel * start >= 0).all()
+        assert (kernel == 0).any()  # some stopped there,
+        assert np.array_equal(np.sign(feedback), np.sign(start))  # and keep it
+    else:
+        assert (kernel * start < 0).any()
+    if method == "bp_noise":
+        cosine = np.vdot(kernel, feedback) / norm(kernel) / norm(feedback)
+        wanted = np.abs(kernel).sum() / np.sqrt(kernel.size) / norm(kernel)
+        np.testing.assert_allclose(cosine, wanted, rtol=1e-4)
+
+
+def test_alignment_penalty_pulls_towards_the_target() -> None:
+    def cosine(kernel: np.ndarray, target: np.ndarray) -> float:
+        product = np.linalg.norm(kernel) * np.linalg.norm(target)
+        return float(np.vdot(kernel, target) / product)
+
+    def moved(method: str) -> float:
+        keras.utils.set_random_seed(1)
+        start, layer = trained("bp_alignment" if method else "bp", steps=1)
+        target = np.array(layer.feedback_kernel) if method else start
+        return cosine(np.array(layer.kernel), target) - cosine(start, target)
+
+    assert moved("bp_alignment") > 0
+
+
+@pytest.mark.parametrize("name", ["", "BP", "usf", 3, None, METHODS])
+def test_unknown_names(name: object) -> None:
+    with pytest.raises(ValueError, match=re.escape("Allowed: bp, bp_noise")):
+        methods.get(name)
+
+
+def test_get() -> None:
+    assert methods.get("fa") is METHODS["fa"]
+    assert methods.get(METHODS["dfa"]) is METHODS["dfa"]

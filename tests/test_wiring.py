@@ -1,0 +1,653 @@
+"""DFA and DenseFA: updates worked by hand, taps, maps, refusals."""
+
+import logging
+import re
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from keras import ops
+
+from keras_fa import convert
+from keras_fa import to_backprop
+from keras_fa.layers.direct import SendError
+from keras_fa.layers.direct import StopError
+from keras_fa.methods import METHODS
+
+Arrays = dict[str, np.ndarray]
+N = 5
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(N, 4)).astype("float32")
+Y = np.eye(3, dtype="float32")[RNG.integers(0, 3, N)]
+IMAGES = RNG.normal(size=(N, 8, 8, 3)).astype("float32")
+CROSSENTROPY = keras.losses.CategoricalCrossentropy()
+
+
+def gradients(
+    model: keras.Model, x: np.ndarray, y: np.ndarray, loss: Callable
+) -> Arrays:
+    """The gradient of every trainable weight, by its path."""
+    with tf.GradientTape() as tape:
+        value = loss(y, model(x, training=True))
+    weights = model.trainable_weights
+    grads = tape.gradient(value, [weight.value for weight in weights])
+    return {w.path: np.array(g) for w, g in zip(weights, grads)}
+
+
+def maps(model: keras.Model, source: str) -> Arrays:
+    """The fixed maps out of a layer, by the names of those who receive."""
+    send = model.get_layer(f"{source}_send_error")
+    return {n: np.array(b) for n, b in zip(send.receivers, send.maps)}
+
+
+def check(ours: Arrays, expected: Arrays, rtol: float = 2e-4) -> None:
+    """Compares the gradients of all weights that `expected` names."""
+    for name, wanted in expected.items():
+        scale = np.abs(wanted).max()
+        assert scale > 0, name
+        np.testing.assert_allclose(
+            ours[name], wanted, rtol=rtol, atol=rtol * scale, err_msg=name
+        )
+
+
+def parameters(model: keras.Model, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel and bias of a layer."""
+    layer = model.get_layer(name)
+    return np.array(layer.kernel), np.array(layer.bias)
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis."""
+    powers = np.exp(z - z.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def sigmoid(z: np.ndarray) -> np.ndarray:
+    """The logistic function."""
+    return 1 / (1 + np.exp(-z))
+
+
+# By hand -------------------------------------------------------------------
+
+
+def _head(x: keras.KerasTensor, kind: str) -> keras.KerasTensor:
+    """A readout with its activation at one of several places."""
+    name, _, place = kind.partition(" ")
+    if place == "fused":
+        return layers.Dense(3, activation=name, name="out")(x)
+    x = layers.Dense(3, name="out")(x)
+    if place == "Softmax":
+        return layers.Softmax(name="head")(x)
+    if place == "layer":
+        return layers.Activation(name, name="head")(x)
+    if place == "operation":
+        return {"softmax": ops.softmax, "sigmoid": ops.sigmoid}[name](x)
+    return x
+
+
+HEADS = [
+    "softmax fused",
+    "softmax Softmax",
+    "softmax layer",
+    "softmax operation",
+    "sigmoid fused",
+    "sigmoid layer",
+    "sigmoid operation",
+    "logits",
+]
+
+
+def mlp(head: str = "softmax fused") -> keras.Model:
+    """Two hidden layers with fused relu."""
+    start = keras.Input((4,))
+    x = layers.Dense(6, activation="relu", name="h1")(start)
+    x = layers.Dense(5, activation="relu", name="h2")(x)
+    return keras.Model(start, _head(x, head))
+
+
+def mlp_by_hand(model: keras.Model, head: str) -> tuple[Arrays, Callable]:
+    """The DFA gradients of `mlp`, and the loss that they are of."""
+    (w1, b1), (w2, b2), (w3, b3) = (
+        parameters(model, name) for name in ("h1", "h2", "out")
+    )
+    a1 = X @ w1 + b1
+    h1 = np.maximum(a1, 0)
+    a2 = h1 @ w2 + b2
+    h2 = np.maximum(a2, 0)
+    z = h2 @ w3 + b3
+    loss, e = {
+        "softmax": (CROSSENTROPY, (softmax(z) - Y) / N),
+        "sigmoid": (
+            keras.losses.BinaryCrossentropy(),
+            (sigmoid(z) - Y) / (3 * N),
+        ),
+        "logits": (keras.losses.MeanSquaredError(), 2 * (z - Y) / (3 * N)),
+    }[head.split()[0]]
+    b = maps(model, "out")
+    d2 = (e @ b["h2"]) * (a2 > 0)
+    d1 = (e @ b["h1"]) * (a1 > 0)
+    return {
+        "out/kernel": h2.T @ e,
+        "out/bias": e.sum(0),
+        "h2/kernel": h1.T @ d2,
+        "h2/bias": d2.sum(0),
+        "h1/kernel": X.T @ d1,
+        "h1/bias": d1.sum(0),
+    }, loss
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_dfa_mlp_by_hand(head: str) -> None:
+    stock = mlp(head)
+    model = convert(stock, "dfa")
+    assert np.array_equal(model(X), stock(X))
+    expected, loss = mlp_by_hand(model, head)
+    ours = gradients(model, X, Y, loss)
+    assert set(ours) == set(expected)
+    check(ours, expected)
+    hidden = gradients(to_backprop(model), X, Y, loss)["h1/kernel"]
+    assert not np.allclose(hidden, ours["h1/kernel"], atol=1e-4)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_dfa_in_fit(eager: bool) -> None:
+    model = convert(mlp(), "dfa")
+    expected, loss = mlp_by_hand(model, "softmax")
+    before = {w.path: np.array(w) for w in model.trainable_weights}
+    model.compile(keras.optimizers.SGD(0.5), loss, run_eagerly=eager)
+    model.fit(X, Y, batch_size=N, verbose=0)
+    check(
+        {w.path: (before[w.path] - w) / 0.5 for w in model.trainable_weights},
+        expected,
+        rtol=1e-3,
+    )
+
+
+def test_dfa_with_normalization_and_dropout_by_hand() -> None:
+    start = keras.Input((4,))
+    x = layers.Dense(6, use_bias=False, name="h1")(start)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = layers.ReLU(name="relu")(x)
+    x = layers.Dropout(0.4, name="drop")(x)
+    x = layers.Dense(5, activation="tanh", name="h2")(x)
+    stock = keras.Model(start, layers.Dense(3, name="out")(x))
+    gamma = RNG.normal(size=6).astype("float32")
+    stock.get_layer("norm").gamma.assign(gamma)
+    model = convert(stock, "dfa")
+
+    # One forward pass gives the gradients and shows its dropout mask.
+    probe = keras.Model(
+        model.inputs,
+        [model.outputs[0]]
+        + [model.get_layer(name).output for name in ("relu", "drop")],
+    )
+    with tf.GradientTape() as tape:
+        z, kept, dropped = probe(X, training=True)
+        value = keras.losses.MeanSquaredError()(Y, z)
+    weights = model.trainable_weights
+    grads = tape.gradient(value, [weight.value for weight in weights])
+    ours = {w.path: np.array(g) for w, g in zip(weights, grads)}
+    mask = np.where(kept > 0, dropped / np.maximum(kept, 1e-9), 0.0)
+    assert set(np.unique(mask.round(1).astype(str))) == {"0.0", "1.7"}
+
+    w1 = np.array(model.get_layer("h1").kernel)
+    (w2, b2), (w3, b3) = parameters(model, "h2"), parameters(model, "out")
+    a = X @ w1
+    deviation = np.sqrt(a.var(0) + 1e-3)
+    normed = (a - a.mean(0)) / deviation
+    n = gamma * normed
+    d = np.maximum(n, 0) * mask
+    h2 = np.tanh(d @ w2 + b2)
+    e = 2 * (h2 @ w3 + b3 - Y) / (3 * N)
+    b = maps(model, "out")
+    e2 = (e @ b["h2"]) * (1 - h2**2)
+    at_gamma = (e @ b["h1"]) * mask * (n > 0)
+    below = gamma * at_gamma
+    below = below - below.mean(0) - normed * (below * normed).mean(0)
+    check(
+        ours,
+        {
+            "out/kernel": h2.T @ e,
+            "h2/kernel": d.T @ e2,
+            "h2/bias": e2.sum(0),
+            "norm/gamma": (at_gamma * normed).sum(0),
+            "norm/beta": at_gamma.sum(0),
+            "h1/kernel": X.T @ (below / deviation),
+        },
+    )
+
+
+def test_dfa_shared_layer_called_twice() -> None:
+    start = keras.Input((4,))
+    shared = layers.Dense(4, activation="relu", name="shared")
+    stock = keras.Model(
+        start, layers.Dense(3, name="out")(shared(shared(start)))
+    )
+    model = convert(stock, "dfa")
+    w, bias = parameters(model, "shared")
+    w3, b3 = parameters(model, "out")
+    a1 = X @ w + bias
+    h1 = np.maximum(a1, 0)
+    a2 = h1 @ w + bias
+    h2 = np.maximum(a2, 0)
+    e = 2 * (h2 @ w3 + b3 - Y) / (3 * N)
+    b = maps(model, "out")
+    assert list(b) == ["shared", "shared_1"]
+    d1 = (e @ b["shared"]) * (a1 > 0)
+    d2 = (e @ b["shared_1"]) * (a2 > 0)
+    check(
+        gradients(model, X, Y, keras.losses.MeanSquaredError()),
+        {
+            "out/kernel": h2.T @ e,
+            "shared/kernel": X.T @ d1 + h1.T @ d2,
+            "shared/bias": d1.sum(0) + d2.sum(0),
+        },
+    )
+
+
+def deep(head: str = "softmax fused") -> keras.Model:
+    """Three hidden layers, the second one with its activation apart."""
+    start = keras.Input((4,))
+    x = layers.Dense(6, activation="relu", name="h1")(start)
+    x = layers.Dense(5, name="h2")(x)
+    x = layers.Activation("tanh", name="act2")(x)
+    x = layers.Dense(7, activation="tanh", name="h3")(x)
+    return keras.Model(start, _head(x, head))
+
+
+def dense_fa_by_hand(model: keras.Model) -> Arrays:
+    """The DenseFA gradients of `deep` under crossentropy."""
+    names = ("h1", "h2", "h3", "out")
+    w, bias = zip(*(parameters(model, name) for name in names))
+    b = [np.sign(k) * np.linalg.norm(k) / np.sqrt(k.size) for k in w]
+    a1 = X @ w[0] + bias[0]
+    h1 = np.maximum(a1, 0)
+    h2 = np.tanh(h1 @ w[1] + bias[1])
+    h3 = np.tanh(h2 @ w[2] + bias[2])
+    d4 = (softmax(h3 @ w[3] + bias[3]) - Y) / N
+    d3 = (d4 @ b[3].T) * (1 - h3**2)
+    from_out, from_h3 = maps(model, "out"), maps(model, "h3")
+    assert set(from_out) == {"h1", "h2"}
+    assert set(from_h3) == {"h1"}
+    d2 = (d3 @ b[2].T + d4 @ from_out["h2"]) * (1 - h2**2)
+    d1 = d2 @ b[1].T + d3 @ from_h3["h1"] + d4 @ from_out["h1"]
+    d1 = d1 * (a1 > 0)
+    below = {"h1": (X, d1), "h2": (h1, d2), "h3": (h2, d3), "out": (h3, d4)}
+    return {
+        **{f"{name}/kernel": x.T @ d for name, (x, d) in below.items()},
+        **{f"{name}/bias": d.sum(0) for name, (_, d) in below.items()},
+    }
+
+
+@pytest.mark.parametrize("head", [h for h in HEADS if "softmax" in h])
+def test_dense_fa_by_hand(head: str) -> None:
+    stock = deep(head)
+    model = convert(stock, "dense_fa")
+    assert np.array_equal(model(X), stock(X))
+    # Small maps would hide behind the chain: make them count.
+    for layer in model.layers:
+        if isinstance(layer, SendError):
+            for matrix in layer.maps:
+                matrix.assign(10.0 * matrix)
+    ours = gradients(model, X, Y, CROSSENTROPY)
+    expected = dense_fa_by_hand(model)
+    assert set(ours) == set(expected)
+    check(ours, expected)
+
+
+def test_dense_fa_over_skip_connections() -> None:
+    start = keras.Input((4,))
+    x = layers.Dense(4, name="stem")(start)
+    y = layers.Dense(4, activation="relu", name="a")(x)
+    y = layers.Dense(4, name="b")(y)
+    x = layers.Add()([x, y])
+    model = convert(
+        keras.Model(start, layers.Dense(3, name="out")(x)), "dense_fa"
+    )
+    # Just above the stem: a, and out over the skip. Further: b.
+    assert set(maps(model, "b")) == {"stem"}
+    assert set(maps(model, "out")) == {"a"}
+    assert sum(isinstance(a, SendError) for a in model.layers) == 2
+
+
+# Taps ----------------------------------------------------------------------
+
+
+def _conv(name: str, **kwargs: object) -> layers.Conv2D:
+    return layers.Conv2D(4, 3, padding="same", name=name, **kwargs)
+
+
+def _readout(x: keras.KerasTensor) -> keras.KerasTensor:
+    x = layers.GlobalAveragePooling2D(name="gap")(x)
+    return layers.Dense(3, name="out")(x)
+
+
+def _norm_relu_pool(x: keras.KerasTensor) -> keras.KerasTensor:
+    x = layers.BatchNormalization(name="norm")(_conv("conv")(x))
+    x = layers.ReLU(name="relu")(x)
+    return _readout(layers.MaxPooling2D(name="pool")(x))
+
+
+def _fused_pool(x: keras.KerasTensor) -> keras.KerasTensor:
+    x = _conv("conv", activation="relu")(x)
+    return _readout(layers.AveragePooling2D(2, name="pool")(x))
+
+
+def _operation(x: keras.KerasTensor) -> keras.KerasTensor:
+    x = ops.relu(_conv("conv")(x))
+    x = ops.tanh(_conv("second")(x))
+    return _readout(layers.MaxPooling2D(name="pool")(x))
+
+
+def _branch(x: keras.KerasTensor) -> keras.KerasTensor:
+    x = layers.BatchNormalization(name="norm")(_conv("conv")(x))
+    left = layers.Activation("tanh", name="left")(x)
+    return _readout(layers.Multiply(name="join")([left, x]))
+
+
+def _merge(x: keras.KerasTensor) -> keras.KerasTensor:
+    stem = _conv("stem", activation="relu")(x)
+    x = layers.BatchNormalization(name="norm")(_conv("conv")(stem))
+    x = layers.Add(name="add")([x, stem])
+    return _readout(layers.ReLU(name="relu")(x))
+
+
+def _all_convolutional(x: keras.KerasTensor) -> keras.KerasTensor:
+    x = layers.ReLU(name="relu")(_conv("conv")(x))
+    x = layers.Conv2D(3, 1, activation="relu", name="last")(x)
+    x = layers.GlobalAveragePooling2D(name="gap")(x)
+    return layers.Activation("softmax", name="probabilities")(x)
+
+
+def _preactivation(x: keras.KerasTensor) -> keras.KerasTensor:
+    x = _conv("stem")(x)
+    for block in "ab":
+        y = layers.BatchNormalization(name=f"{block}_norm1")(x)
+        y = layers.ReLU(name=f"{block}_relu1")(y)
+        y = _conv(f"{block}_conv1")(y)
+        y = layers.BatchNormalization(name=f"{block}_norm2")(y)
+        y = layers.ReLU(name=f"{block}_relu2")(y)
+        y = _conv(f"{block}_conv2")(y)
+        x = layers.Add(name=f"{block}_add")([x, y])
+    return _readout(layers.ReLU(name="relu")(x))
+
+
+# Body, where e is taken, and the tap of each hidden kernel layer.
+NETS = {
+    "norm, relu, pool": (_norm_relu_pool, "out", {"conv": "relu"}),
+    "fused relu, pool": (_fused_pool, "out", {"conv": "conv"}),
+    "operation": (_operation, "out", {"conv": "relu", "second": "tanh"}),
+    "branch": (_branch, "out", {"conv": "norm"}),
+    "merge": (_merge, "out", {"stem": "stem", "conv": "norm"}),
+    "all convolutional": (_all_convolutional, "gap", {"conv": "relu"}),
+    "preactivation": (
+        _preactivation,
+        "out",
+        {
+            "stem": "stem",
+            "a_conv1": "a_relu2",
+            "a_conv2": "a_conv2",
+            "b_conv1": "b_relu2",
+            "b_conv2": "b_conv2",
+        },
+    ),
+}
+
+
+def _operation_output(model: keras.Model, name: str) -> keras.KerasTensor:
+    """The output of a layer, or of the operation of that kind."""
+    for node in model.operations:
+        if node.name == name or type(node).__name__.lower() == name:
+            return node.output
+    raise KeyError(name)
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_dfa_taps(kind: str) -> None:
+    """Every hidden layer alone, with `e B` injected at its tap.
+
+    No error may come from anywhere else: not over skips, not from above.
+    """
+    body, source, taps = NETS[kind]
+    keras.backend.clear_session()
+    start = keras.Input((8, 8, 3))
+    model = convert(keras.Model(start, body(start)), "dfa")
+    plain = to_backprop(model)
+    logits = keras.Model(plain.inputs, _operation_output(plain, source))
+    z = tf.constant(logits(IMAGES, training=True))
+    softmaxed = source == "gap"
+    loss = CROSSENTROPY if softmaxed else keras.losses.MeanSquaredError()
+    with tf.GradientTape() as tape:
+        tape.watch(z)
+        value = loss(Y, tf.nn.softmax(z) if softmaxed else z)
+    e = np.array(tape.gradient(value, z))
+    b = maps(model, source)
+    assert set(b) == set(taps)
+
+    ours = gradients(model, IMAGES, Y, loss)
+    for name, tap in taps.items():
+        layer = plain.get_layer(name)
+        below = keras.Model(plain.inputs, layer.input)
+        piece = keras.Model(layer.input, _operation_output(plain, tap))
+        x = tf.constant(below(IMAGES, training=True))
+        with tf.GradientTape() as tape:
+            y = piece(x, training=True)
+        assert b[name].shape == (3, np.prod(y.shape[1:]))
+        weights = piece.trainable_weights
+        grads = tape.gradient(
+            y,
+            [weight.value for weight in weights],
+            output_gradients=tf.reshape(e @ b[name], y.shape),
+        )
+        # A convolution's bias below a normalization has no gradient.
+        normed = any("norm" in weight.path for weight in weights)
+        check(
+            ours,
+            {
+                weight.path: np.array(grad)
+                for weight, grad in zip(weights, grads)
+                if not (normed and weight.name == "bias")
+            },
+        )
+    exact = gradients(plain, IMAGES, Y, loss)
+    readout = "last" if softmaxed else "out"
+    path = f"{readout}/kernel"
+    np.testing.assert_allclose(ours[path], exact[path], rtol=1e-4, atol=1e-6)
+
+
+def test_dfa_does_not_depend_on_the_weights_above() -> None:
+    def linear(y: object, z: tf.Tensor) -> tf.Tensor:
+        return ops.sum(z * Y)  # so that e is Y whatever the weights
+
+    model = convert(mlp("logits"), "dfa")
+    plain = to_backprop(model)
+    before = gradients(model, X, Y, linear)["h1/kernel"]
+    backpropagated = gradients(plain, X, Y, linear)["h1/kernel"]
+    for each in (model, plain):
+        for name in ("h2", "out"):
+            kernel = each.get_layer(name).kernel
+            kernel.assign(-3.0 * kernel)
+    after = gradients(model, X, Y, linear)["h1/kernel"]
+    assert np.array_equal(after, before)
+    changed = gradients(plain, X, Y, linear)["h1/kernel"]
+    assert not np.allclose(changed, backpropagated)
+
+
+# Maps ----------------------------------------------------------------------
+
+
+def _all_maps(model: keras.Model) -> list[keras.Variable]:
+    return [
+        matrix
+        for layer in model.layers
+        if isinstance(layer, SendError)
+        for matrix in layer.maps
+    ]
+
+
+@pytest.mark.parametrize("method", ["dfa", "dense_fa"])
+def test_bytes_are_logged_before_allocation(
+    method: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = keras.Input((8, 8, 3))
+    stock = keras.Model(start, _preactivation(start))
+    with caplog.at_level(logging.INFO, "keras_fa"):
+        model = convert(stock, method)
+    (record,) = (r for r in caplog.records if r.name == "keras_fa")
+    match = re.search(r"(\d+) fixed.*need ([\d,]+) bytes", record.getMessage())
+    found = _all_maps(model)
+    assert int(match[1]) == len(found)
+    said = int(match[2].replace(",", ""))
+    assert said == sum(np.array(matrix).nbytes for matrix in found) > 0
+
+    def no_memory(*args: object) -> None:
+        raise MemoryError
+
+    caplog.clear()
+    monkeypatch.setattr(SendError, "build", no_memory)
+    with pytest.raises(MemoryError):
+        convert(stock, method)
+    assert "bytes" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["dfa", "dense_fa"])
+def test_maps_differ_and_stay(method: str) -> None:
+    start = keras.Input((4,))
+    x = start
+    for name in ("h1", "h2", "h3"):
+        x = layers.Dense(4, activation="relu", name=name)(x)
+    model = convert(keras.Model(start, layers.Dense(4, name="out")(x)), method)
+    found = _all_maps(model)
+    before = [np.array(matrix) for matrix in found]
+    assert len(found) == 3
+    for index, one in enumerate(before):
+        assert one.shape == (4, 4)
+        for other in before[:index]:
+            assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.8
+    assert not any(matrix.trainable for matrix in found)
+    model.compile(keras.optimizers.AdamW(0.1, weight_decay=0.5), "mse")
+    model.fit(X, X, verbose=0, callbacks=METHODS[method].callbacks())
+    for one, other in zip(before, found):
+        assert np.array_equal(one, other)
+
+
+def test_seeded_maps_differ() -> None:
+    law = keras.initializers.GlorotUniform(seed=3)
+    send = SendError(["a", "b"], law)
+    send.build([(None, 3), (None, 5), (None, 5)])
+    first, second = (np.array(matrix) for matrix in send.maps)
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.8
+
+
+def test_number_of_receivers_is_checked() -> None:
+    with pytest.raises(ValueError, match=r"2 names.*Received: 1"):
+        SendError(["a", "b"])([np.ones((2, 3)), np.ones((2, 3))])
+
+
+# Elsewhere -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dfa", "dense_fa"])
+def test_mixed_precision_gradients(method: str) -> None:
+    full = convert(deep(), method)
+    expected = gradients(full, X, Y, CROSSENTROPY)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = convert(deep(), method)
+    finally:
+        keras.config.set_dtype_policy(before)
+    model.set_weights(full.get_weights())
+    ours = gradients(model, X, Y, CROSSENTROPY)
+    for name, wanted in expected.items():
+        norms = np.linalg.norm(wanted) * np.linalg.norm(ours[name])
+        assert np.vdot(ours[name], wanted) / norms > 0.98, name
+        assert ours[name].dtype == "float32"
+
+
+@pytest.mark.parametrize("method", ["dfa", "dense_fa"])
+def test_two_replicas_are_one_device(
+    method: str, strategy: tf.distribute.Strategy
+) -> None:
+    x, y = np.tile(X, (4, 1))[:16], np.tile(Y, (4, 1))[:16]
+
+    def fitted() -> keras.Model:
+        keras.utils.set_random_seed(1)
+        model = convert(deep(), method)
+        model.compile(keras.optimizers.SGD(0.1), "categorical_crossentropy")
+        model.fit(
+            x,
+            y,
+            batch_size=8,
+            epochs=2,
+            shuffle=False,
+            verbose=0,
+            callbacks=METHODS[method].callbacks(),
+        )
+        return model
+
+    one = fitted()
+    with strategy.scope():
+        two = fitted()
+    for a, b in zip(one.weights, two.weights):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dfa", "dense_fa"])
+def test_no_hidden_layer_is_backpropagation(method: str) -> None:
+    start = keras.Input((4,))
+    stock = keras.Model(start, layers.Dense(3, name="out")(start))
+    model = convert(stock, method)
+    kinds = {type(layer) for layer in model.layers}
+    assert not kinds & {SendError, StopError}
+    mse = keras.losses.MeanSquaredError()
+    check(gradients(model, X, Y, mse), gradients(stock, X, Y, mse), 1e-5)
+
+
+# Refusals ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dfa", "dense_fa"])
+def test_unknown_size_is_refused(method: str) -> None:
+    start = keras.Input((None, None, 3))
+    stock = keras.Model(start, _preactivation(start))
+    with pytest.raises(ValueError, match=r"static shapes.*None.*fixed size"):
+        convert(stock, method)
+
+
+@pytest.mark.parametrize("method", ["dfa", "dense_fa"])
+def test_several_outputs_are_refused(method: str) -> None:
+    start = keras.Input((4,))
+    x = layers.Dense(5)(start)
+    stock = keras.Model(start, [layers.Dense(3)(x), layers.Dense(2)(x)])
+    with pytest.raises(ValueError, match=r"one output.*2 outputs"):
+        convert(stock, method)
+
+
+@pytest.mark.parametrize("method", ["dfa", "dense_fa"])
+def test_nested_models_are_refused_by_name(method: str) -> None:
+    inner = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(4)], name="inside"
+    )
+    stock = keras.Sequential([keras.Input((4,)), inner, layers.Dense(3)])
+    with pytest.raises(ValueError, match=r"nested models.*inside"):
+        convert(stock, method)
+
+
+def test_names_that_are_taken() -> None:
+    start = keras.Input((4,))
+    x = layers.Dense(5, activation="relu", name="h")(start)
+    x = layers.Dense(5, name="h_stop_error")(x)
+    x = layers.ReLU(name="out_activation")(x)
+    x = layers.Dropout(0.0, name="out_send_error")(x)
+    stock = keras.Model(
+        start, layers.Dense(3, activation="softmax", name="out")(x)
+    )
+    model = convert(stock, "dfa")
+    assert np.array_equal(model(X), stock(X))
+    assert sum(isinstance(a, StopError) for a in model.layers) == 2
