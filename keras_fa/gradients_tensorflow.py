@@ -41,13 +41,16 @@ def feedback_op(
         )
     n = len(kernels)
 
-    # Everything is an argument: a captured variable would make custom_gradient
-    # ask for a gradient of its own.
+    # B is captured. As an argument it would pass through the IdentityN that
+    # custom_gradient makes of them all: the optimizer's update would seem to
+    # wait for B, TensorFlow would drop the edge that makes it wait for what B
+    # reads, then prune the IdentityN, and B could see the next step's W. All
+    # else is an argument: what is captured receives no gradient.
+    back = _tensors(feedback_kernels)
+
     @tf.custom_gradient
     def feedback(x, *tensors):
-        forward = list(tensors[:n])
-        back = list(tensors[n : 2 * n])
-        bias = list(tensors[2 * n :])
+        forward, bias = list(tensors[:n]), list(tensors[n:])
 
         # With the first i kernels W and the others B, the error of x (i = 0)
         # or of kernel i is right. All are recorded now, while the layer's
@@ -66,11 +69,11 @@ def feedback_op(
                 for (tape, y), source in zip(records, sources)
             ]
             kernel_grads = [grad[0] for grad in grads[1:]]
-            return (*grads[0], *kernel_grads, *[None] * n, *grads[n][1:])
+            return (*grads[0], *kernel_grads, *grads[n][1:])
 
         return tf.identity(records[n][1]), gradient
 
-    return feedback(*_tensors([inputs, *kernels, *feedback_kernels, *biases]))
+    return feedback(*_tensors([inputs, *kernels, *biases]))
 
 
 def _record(

@@ -355,9 +355,8 @@ class FeedbackLayer:
         )
         if exact:
             return super().call(inputs)
-        kernels = [
-            ops.convert_to_tensor(path.kernel) for path in self.feedback_paths
-        ]
+        # Read once: B is made of the very W that the output is computed with.
+        kernels = [ops.copy(path.kernel) for path in self.feedback_paths]
         feedback = [
             path.effective(kernel)
             for path, kernel in zip(self.feedback_paths, kernels)
