@@ -30,7 +30,7 @@ KINDS = (layers.Conv2D, layers.Dense, layers.DepthwiseConv2D)
 CASES = [
     *((name, "fa_usf_sn") for name in BUILDERS),
     ("MobileNetV2", "fa"),
-    ("MobileNetV2", "dfa"),
+    ("VGG16", "dfa"),
     ("MobileNetV2", "fa_usf_const_ei"),
 ]
 
@@ -99,7 +99,7 @@ def test_application(name: str, method: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("MobileNetV2", "fa_usf_const_ei"), ("MobileNetV2", "dfa")],
+    [("VGG16", "fa_usf_const_ei"), ("VGG16", "dfa")],
 )
 def test_exported_application(name: str, method: str, tmp_path: Path) -> None:
     model = convert(model_of(name), method)

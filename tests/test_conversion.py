@@ -121,11 +121,13 @@ def nested() -> keras.Model:
     )
     start = keras.Input((6,))
     block = layers.Dense(6, activation="tanh", name="c")(start)
-    block = keras.Model(start, layers.Add(name="skip")([start, block]))
-    block.name = "block"
-    outer = keras.Sequential([keras.Input((6,)), block, inner], name="outer")
+    block = layers.Add(name="skip")([start, block])
+    block = keras.Model(start, block, name="block")
+    outer = keras.Sequential(
+        [keras.Input((6,)), block, layers.ReLU(name="relu")], name="outer"
+    )
     vector = keras.Input((6,), name="vector")
-    outputs = layers.Dense(3, name="readout")(outer(inner(vector)))
+    outputs = layers.Dense(3, name="readout")(outer(inner(inner(vector))))
     return _trained_looking(keras.Model(vector, outputs, name="nest"))
 
 
@@ -140,11 +142,12 @@ CASES = [
     for kind in MODELS
     for method in (CHAINED if kind == "nested" else METHODS)
 ]
-# Where a model is trained, saved or exported: each method and each model.
-FEW = [("functional", method) for method in METHODS] + [
-    ("dictionary", "fa_usf_const_ei"),
-    ("dictionary", "dfa"),
-    ("nested", "fa"),
+# Where a model is trained and saved: each method and each model.
+FEW = [("dictionary", method) for method in METHODS] + [
+    ("functional", "bp_noise"),
+    ("functional", "fa_usf_const_ei"),
+    ("functional", "dense_fa"),
+    ("functional", "dfa"),
     ("nested", "fa_usf_sn"),
     ("nested", "fa_usf_const_ei"),
 ]
@@ -192,7 +195,7 @@ def remembered(model: keras.Model) -> list[np.ndarray]:
     ]
 
 
-def train(model: keras.Model, x: object, method: str, steps: int = 3) -> None:
+def train(model: keras.Model, x: object, method: str, steps: int = 2) -> None:
     """A few eager steps of Adam with the method's callbacks."""
     model.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=True)
     callbacks = keras.callbacks.CallbackList(
@@ -362,7 +365,10 @@ def test_compiled_models_stay_compiled(method: str) -> None:
     stock = sequential()
     assert not convert(stock, method).compiled
     stock.compile(
-        keras.optimizers.SGD(0.25, momentum=0.5), "mse", metrics=["mae"]
+        keras.optimizers.SGD(0.25, momentum=0.5),
+        "mse",
+        metrics=["mae"],
+        run_eagerly=True,
     )
     for model in (
         convert(stock, method),
@@ -497,10 +503,10 @@ def test_own_file_brings_everything_back(
         assert np.array_equal(loaded(x), model(x))
         assert all_equal(values(loaded), values(model))
         assert all_equal(remembered(loaded), remembered(model))
-    # The steps that follow are the same, too.
-    if method != "bp_noise" and kind in ("dictionary", "nested"):
-        train(model, x, method, steps=2)
-        train(whole, x, method, steps=2)
+    # The step that follows is the same, too.
+    if method != "bp_noise" and kind == "dictionary":
+        train(model, x, method, steps=1)
+        train(whole, x, method, steps=1)
         assert all_equal(values(whole), values(model))
 
 
@@ -568,13 +574,11 @@ def test_pickle_deepcopy_and_clone(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_export_serves_the_same(method: str, tmp_path: Path) -> None:
-    model = convert(sequential(), method)
-    train(model, IMAGES, method, steps=1)
+    build, x = MODELS["dictionary"]
+    model = convert(build(), method)
     model.export(tmp_path / "served", verbose=False)
     served = tf.saved_model.load(str(tmp_path / "served"))
-    np.testing.assert_allclose(
-        served.serve(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(served.serve(x), model(x), rtol=1e-5, atol=1e-6)
 
 
 _LOAD = """
@@ -590,8 +594,9 @@ for name in data.files:
     model = keras.models.load_model(f"{{folder}}/{{name}}.keras")
     assert np.array_equal(model(data["x"]), data[name]), name
     before = [np.array(w) for w in model.trainable_weights]
-    model.compile("adam", "mse")
-    model.fit(data["x"], np.ones((4, 3)), verbose=0)
+    # Traced once, for the time that it takes.
+    model.compile("adam", "mse", run_eagerly=name != "fa_usf_sn")
+    model.train_on_batch(data["x"], np.ones((4, 3)))
     after = model.trainable_weights
     assert not any(np.array_equal(a, b) for a, b in zip(before, after)), name
     print(name)
@@ -893,11 +898,11 @@ def test_to_backprop_of_stock_layers_with_our_constraint() -> None:
 
 
 def test_to_backprop_of_a_stock_model_is_a_copy() -> None:
-    stock = functional()
+    stock = sequential()
     plain = to_backprop(stock)
     assert plain is not stock
     assert json.dumps(plain.get_config()) == json.dumps(stock.get_config())
-    assert np.array_equal(plain([IMAGES, VECTORS]), stock([IMAGES, VECTORS]))
+    assert np.array_equal(plain(IMAGES), stock(IMAGES))
 
 
 @pytest.mark.parametrize("second", METHODS)

@@ -23,6 +23,7 @@ from keras_fa import FADense
 from keras_fa import FASeparableConv2D
 from keras_fa.callbacks import StrictNormalization
 from keras_fa.constraints import ConstantNorm
+from keras_fa.constraints import FeedbackConstraint
 from keras_fa.constraints import FixedSign
 from keras_fa.constraints import NoisyKernel
 from keras_fa.regularizers import Alignment
@@ -383,6 +384,81 @@ def test_feedback_is_never_stale_in_fit(name: str) -> None:
         references.assert_close(new_b, rule.expected(stored, w, signs, t + 1))
         u, w = new_u, new_w
     assert crossings > 0  # else a stale sign would not show
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class CopiedKernel(FeedbackConstraint):
+    """B = W by way of a rule, so that a stale B shows in every step."""
+
+    stores_feedback_kernel = False
+
+    def __call__(self, feedback_kernel: Any, kernel: Any) -> Any:
+        return 1.0 * kernel
+
+
+class NormalizedModel(keras.Sequential):
+    """Strict normalization inside the compiled step."""
+
+    def train_step(self, data: tuple) -> dict:
+        logs = super().train_step(data)
+        StrictNormalization().apply(self)
+        return logs
+
+
+def trajectory(rule: Any, normalized: bool, eager: bool) -> np.ndarray:
+    """The first kernel of a net after each of many fast steps of `fit`."""
+    keras.utils.set_random_seed(1)
+    layer = FADense(3, feedback_constraint=rule)
+    first = keras.layers.Dense(4, use_bias=False)
+    cls = NormalizedModel if normalized else keras.Sequential
+    model = cls([keras.Input((5,)), first, layer])
+    model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=eager)
+    x, y = references.normal((1200, 5), 1), references.normal((1200, 3), 2)
+    recorder = Recorder()
+    model.fit(
+        x, y, batch_size=4, shuffle=False, verbose=0, callbacks=[recorder]
+    )
+    return np.array([step[0] for step in recorder.steps])
+
+
+@pytest.mark.parametrize(
+    ("rule", "same_as", "normalized"),
+    [
+        (CopiedKernel(), "tied_kernel", False),
+        (NoisyKernel(60.0, seed=1), NoisyKernel(60.0, seed=1), False),
+        ("sign_concordance", "sign_concordance", True),
+    ],
+    ids=["kernel", "noise", "strict_normalization"],
+)
+def test_compiled_step_reads_before_it_writes(
+    rule: Any, same_as: Any, normalized: bool
+) -> None:
+    """TensorFlow orders a variable's reads and writes; B must be part of it.
+
+    A race: what is wrong here fails often, not always.
+    """
+    got = trajectory(rule, normalized, eager=False)
+    wanted = trajectory(same_as, normalized, eager=True)
+    apart = np.abs(got - wanted).max(axis=(1, 2))
+    assert (apart < 1e-4).all(), f"apart from step {np.argmax(apart >= 1e-4)}"
+
+
+@pytest.mark.parametrize("rule", ["user", "noisy_kernel", "fixed_sign"])
+@pytest.mark.parametrize("kind", BASE_KINDS)
+def test_compiled_step_reads_each_kernel_once(kind: str, rule: str) -> None:
+    """So that B is made of the very W that the output is computed with."""
+    kind = KINDS[kind]
+    layer, _ = made(kind, RULES[rule])
+    x = tf.constant(kind.inputs())
+    graph = tf.function(lambda x: layer(x)).get_concrete_function(x).graph
+    for kernel in references.kernels_of(layer):
+        inner = next(
+            inner
+            for external, inner in graph.captures
+            if external is kernel.value.handle
+        )
+        reads = [op for op in inner.consumers() if op.type == "ReadVariableOp"]
+        assert len(reads) == 1
 
 
 def test_compiled_step_uses_the_kernel_of_its_call() -> None:
