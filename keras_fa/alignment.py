@@ -22,8 +22,8 @@ from keras import ops
 
 from keras_fa import gradients
 from keras_fa.layers.direct import StopError
-from keras_fa.layers.feedback import FeedbackLayer
 from keras_fa.layers.feedback import FeedbackPath
+from keras_fa.layers.feedback import all_layers
 from keras_fa.layers.feedback import feedback_layers
 
 
@@ -51,7 +51,8 @@ def alignment(
         where no error passes through B, only `gradient_angle`.
 
     Raises:
-        ValueError: If there is no loss.
+        ValueError: If there is no loss, no FA layer or a layer that is not
+            built, or if the model has several outputs.
 
     Example:
 
@@ -90,18 +91,17 @@ def alignment_function(
         A function of `(x, y)` that returns what `alignment` does.
 
     Raises:
-        ValueError: If there is no loss.
+        ValueError: As `alignment`.
     """
     loss = _loss_function(model, loss)
-    owners = [
-        (layer, path)
-        for layer in feedback_layers(model)
-        for path in layer.feedback_paths
-    ]
-    kernels = [path.kernel for _, path in owners]
-    direct = any(
-        isinstance(inner, StopError) for inner in model._flatten_layers()
-    )
+    if len(getattr(model, "outputs", None) or [None]) > 1:
+        raise ValueError(
+            "Alignment is measured on models with one output. Received: model "
+            f"'{model.name}' with {len(model.outputs)} outputs."
+        )
+    paths = named_paths(model)
+    kernels = [path.kernel for path in paths.values()]
+    direct = any(isinstance(inner, StopError) for inner in all_layers(model))
 
     def kernel_gradients(x, y):
         # What the forward pass assigns (statistics, random state) goes to the
@@ -118,7 +118,7 @@ def alignment_function(
         with gradients.backpropagation():
             exact = kernel_gradients(x, y)
         rows = []
-        for (_, path), got, wanted in zip(owners, received, exact):
+        for path, got, wanted in zip(paths.values(), received, exact):
             row = {} if direct else _of_path(path)
             row["gradient_angle"] = angle(got, wanted)
             rows.append(row)
@@ -127,10 +127,8 @@ def alignment_function(
     def measured(x, y):
         rows = measure(*keras.tree.map_structure(ops.convert_to_tensor, (x, y)))
         return {
-            path_name(layer, path): {
-                name: float(value) for name, value in row.items()
-            }
-            for (layer, path), row in zip(owners, rows)
+            name: {measure: float(value) for measure, value in row.items()}
+            for name, row in zip(paths, rows)
         }
 
     return measured
@@ -167,11 +165,39 @@ def _of_path(path: FeedbackPath) -> dict[str, Any]:
     }
 
 
-def path_name(layer: FeedbackLayer, path: FeedbackPath) -> str:
-    """The name of a kernel among all of a model: its layer's, if it is one."""
-    if len(layer.feedback_paths) == 1:
-        return layer.name
-    return f"{layer.name}/{path.kernel.name}"
+def named_paths(model: keras.layers.Layer) -> dict[str, FeedbackPath]:
+    """The feedback paths of a model, by the names that measures go by.
+
+    Args:
+        model: A built model or layer.
+
+    Returns:
+        A dict of `"<layer>"`, or `"<layer>/<kernel>"` for layers with two
+        kernels, to path. A name that nested models repeat is numbered.
+
+    Raises:
+        ValueError: If there is no FA layer, or one that is not built.
+    """
+    paths = {}
+    for layer in feedback_layers(model):
+        if not layer.built:
+            raise ValueError(
+                f"FA layer '{layer.name}' is not built. Call the model on data "
+                "first."
+            )
+        name, count = layer.name, 0
+        while any(known.split("/")[0] == name for known in paths):
+            count += 1
+            name = f"{layer.name}_{count}"
+        for path in layer.feedback_paths:
+            several = len(layer.feedback_paths) > 1
+            paths[f"{name}/{path.kernel.name}" if several else name] = path
+    if not paths:
+        raise ValueError(
+            f"Model '{model.name}' has no FA layer. Build it with layers of "
+            "keras_fa, or use keras_fa.convert(model, method)."
+        )
+    return paths
 
 
 def angle(a: Any, b: Any) -> Any:

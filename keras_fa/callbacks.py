@@ -8,7 +8,7 @@ import keras
 
 from keras_fa import gradients
 from keras_fa.alignment import alignment_function
-from keras_fa.alignment import path_name
+from keras_fa.alignment import named_paths
 from keras_fa.layers.feedback import FeedbackPath
 from keras_fa.layers.feedback import feedback_layers
 
@@ -66,9 +66,12 @@ class StrictNormalization(keras.callbacks.Callback):
         """Normalizes the feedback of every FA layer in a model or layer now.
 
         Args:
-            model: A built model or layer. The compiled call is kept per model:
-                keep the callback, too, when calling this in a loop.
+            model: A model or layer; one that is not built yet has nothing to
+                normalize. The compiled call is kept per model: keep the
+                callback, too, when calling this in a loop.
         """
+        if not all(layer.built for layer in feedback_layers(model)):
+            return  # Keras builds some models at their first batch
         if model not in self._compiled:
             paths = normalized_paths(model)
             self._compiled[model] = gradients.compiled(
@@ -98,7 +101,6 @@ def normalized_paths(model: keras.layers.Layer) -> list[FeedbackPath]:
     return [
         path
         for layer in feedback_layers(model)
-        if layer.built
         for path in layer.feedback_paths
         if path.rule is not None
         and path.rule.stores_feedback_kernel
@@ -167,6 +169,11 @@ class AlignmentMonitor(keras.callbacks.Callback):
             raise ValueError(
                 f"`every` must be a positive integer. Received: every={every}"
             )
+        if not isinstance(probe, (tuple, list)) or len(probe) != 2:
+            raise ValueError(
+                "`probe` must be a pair (x, y) of arrays. Received: an object "
+                f"of type {type(probe).__name__}"
+            )
         self.probe = probe
         self.log_dir = log_dir
         self.every = every
@@ -176,6 +183,8 @@ class AlignmentMonitor(keras.callbacks.Callback):
         self._writer = None
 
     def on_train_begin(self, logs: dict | None = None) -> None:
+        if not self.model.built:
+            self.model(self.probe[0])
         self._measure = alignment_function(self.model, self.loss)
         self.columns = list(_flat(self._measure(*self.probe)))
         if self.log_dir is not None and self._writer is None:
@@ -200,15 +209,12 @@ class AlignmentMonitor(keras.callbacks.Callback):
             for name, value in measures.items():
                 if not math.isnan(value):
                     tf.summary.scalar(name, value)
-            for layer in feedback_layers(self.model):
-                for path in layer.feedback_paths:
-                    name = path_name(layer, path)
-                    kernel = keras.ops.convert_to_tensor(path.kernel)
-                    tf.summary.histogram(f"kernel/{name}", kernel)
-                    if path.feedback_kernel is not None:
-                        tf.summary.histogram(
-                            f"feedback/{name}", path.effective(kernel)
-                        )
+            for name, path in named_paths(self.model).items():
+                kernel = keras.ops.convert_to_tensor(path.kernel)
+                tf.summary.histogram(f"kernel/{name}", kernel)
+                if path.feedback_kernel is not None:
+                    feedback = path.effective(kernel)
+                    tf.summary.histogram(f"feedback/{name}", feedback)
         self._writer.flush()
 
     def on_train_end(self, logs: dict | None = None) -> None:

@@ -33,7 +33,9 @@ layer = FADense(10, feedback_constraint=HalfConcordant())
 """
 
 import copy
+import inspect
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -133,8 +135,8 @@ class NoisyKernel(FeedbackConstraint):
 
     `n` is Gaussian noise, fresh at every step and made orthogonal to W_t, so
     that the angle between B_t and W_t is exactly `a`. Nothing is stored but
-    the state of the random generator. This is BP + Noise; its definition is
-    our reading of the paper's name for it.
+    the state of the random generator, which every forward pass moves on. This
+    is BP + Noise; its definition is our reading of the paper's name for it.
 
     Args:
         angle: Float in [0, 90), degrees, or `None` (default): the angle that
@@ -288,7 +290,8 @@ class FixedSign(KernelConstraint):
     inhibitory units, so that the two balance for equal inputs, and all weights
     together so that the norm is that of the draw. Balancing and scaling are
     our choice. When other weights are loaded, a unit's sign becomes that of
-    the sum of its weights.
+    the sum of its weights, with a warning if some of these have the other
+    sign: the next update sets them to zero.
 
     Args:
         per: `"synapse"` (default) or `"unit"`.
@@ -377,6 +380,15 @@ class FixedSign(KernelConstraint):
 
     def refresh(self, kernel: Any) -> None:
         self.signs.assign(ops.cast(self._signs_of(kernel), "int8"))
+        kernel = ops.convert_to_tensor(kernel)
+        lost = float(ops.mean(ops.cast(self(kernel) != kernel, "float32")))
+        if lost:
+            warnings.warn(
+                f"{100 * lost:.0f} % of the weights of a kernel do not have "
+                "the sign of their presynaptic unit, which is that of the "
+                "unit's sum: the next update sets them to zero.",
+                stacklevel=2,
+            )
 
     @property
     def state(self) -> dict[str, keras.Variable]:
@@ -545,7 +557,20 @@ def get(identifier: Any) -> FeedbackConstraint | None:
         )
     if constraint is None or isinstance(constraint, FeedbackConstraint):
         return constraint
+    if inspect.isfunction(constraint) and _arguments(constraint) != 1:
+        raise ValueError(
+            "A function is applied to the stored feedback kernel alone and "
+            "takes one argument. A rule of (feedback_kernel, kernel) is a "
+            "subclass of keras_fa.constraints.FeedbackConstraint. Received: "
+            f"feedback_constraint={identifier}"
+        )
     return Stored(constraint)
+
+
+def _arguments(function: Any) -> int:
+    """How many arguments a function needs."""
+    parameters = inspect.signature(function).parameters.values()
+    return sum(p.default is inspect.Parameter.empty for p in parameters)
 
 
 def get_kernel_constraint(identifier: Any) -> Any:
@@ -644,7 +669,7 @@ def _position(constraint: Any) -> int:
 
 def _resolve(identifier: Any, ours: dict[str, type]) -> Any:
     if isinstance(identifier, str):
-        name = identifier.lower().replace("_", "")
+        name = identifier.removeprefix("keras_fa>").lower().replace("_", "")
         for known, cls in {
             **_FEEDBACK_CONSTRAINTS,
             **_KERNEL_CONSTRAINTS,

@@ -17,10 +17,13 @@ dense_fa        as fa, with a SEND after each kernel layer, to all that are
 STOP and SEND are identities in the forward pass: outputs do not change.
 """
 
+import contextlib
 import copy
 import logging
+import warnings
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +36,9 @@ from keras_fa.layers.direct import SendError
 from keras_fa.layers.direct import StopError
 from keras_fa.layers.direct import size_per_example
 from keras_fa.layers.feedback import FeedbackLayer
+from keras_fa.layers.feedback import all_layers
 from keras_fa.layers.feedback import feedback_layers
+from keras_fa.wiring import TO_PROBABILITIES
 from keras_fa.wiring import Graph
 from keras_fa.wiring import Node
 from keras_fa.wiring import Send
@@ -45,6 +50,10 @@ _STOCK = {
     for cls in map(vars(fa_layers).get, fa_layers.__all__)
 }
 _COUNTERPART = {stock: cls for cls, stock in _STOCK.items()}
+_BY_NAME = {
+    **{stock.__name__: stock for stock in _COUNTERPART},
+    **{cls.__name__: stock for cls, stock in _STOCK.items()},
+}
 
 
 # The chained error of DenseFA follows the weights; the direct ones are random
@@ -74,15 +83,26 @@ def convert(
             before (it is taken back to stock first). It is left as it is.
         method: A name in `keras_fa.methods.METHODS`, or a `Method`.
         layers: Other methods for some layers: a dict of layer name or class
-            (`keras.layers.Dense`) to method. Names win over classes. Default
+            (`keras.layers.Dense`, or "Dense" where no layer is called that)
+            to method. Names win over classes. Default
             `None`. Not with DFA and DenseFA, which wire the whole model.
         skip: Names of layers to leave as they are: layers with a kernel that
             have no FA counterpart (recurrent, attention, TimeDistributed, of
             one's own). Errors pass through them exactly. Default: none.
 
+    Train it with the callbacks of the method, `METHODS[...].callbacks()`, and
+    of the methods in `layers`: without StrictNormalization uSF SN is normalized
+    once, here, and never again.
+
+    A model with FA layers, converted or written by hand, is taken back to
+    stock first: the feedback arguments and the constraints of this package
+    that its FA layers had give way to those of the method.
+
     Returns:
         A new model, Sequential if `model` is (Functional under DFA and
-        DenseFA), compiled if `model` is.
+        DenseFA), compiled if `model` is. If what it was compiled with cannot
+        be copied (a loss that is a function of one's own), it is left
+        uncompiled, with a warning.
 
     Raises:
         ValueError: If the model is neither Functional nor Sequential, is not
@@ -114,7 +134,7 @@ def convert(
     """
     method = methods.get(method)
     _check_model(model)
-    if any(isinstance(inner, _OURS) for inner in model._flatten_layers()):
+    if any(isinstance(inner, _OURS) for inner in all_layers(model)):
         model = to_backprop(model)
     skip = {skip} if isinstance(skip, str) else set(skip)
     others = _other_methods(model, layers)
@@ -137,6 +157,7 @@ def convert(
     converted = _clone(model, make, clones)
     _copy_weights(clones)
     refresh(converted)
+    _compile_as(model, converted)
     return converted
 
 
@@ -181,6 +202,7 @@ def to_backprop(model: keras.Model) -> keras.Model:
 
     plain = _clone(model, _stock, clones, call)
     _copy_weights(clones)
+    _compile_as(model, plain)
     return plain
 
 
@@ -229,7 +251,7 @@ def _convert_direct(
             f"nested models {', '.join(nested)} in '{model.name}'. Build the "
             "model from their layers directly, or use another method."
         )
-    compiled = model.get_compile_config() if model.compiled else None
+    given = model
     if isinstance(model, keras.Sequential):
         model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
     kernels = {
@@ -242,7 +264,14 @@ def _convert_direct(
         for send in (graph.direct() if direct else graph.dense())
     }
     stops = {graph.tap(node) for node in graph.hidden()} if direct else set()
-    split = {node[0] for node in sends if node[0] in kernels}
+    # DFA's e is that of the logits, DenseFA's that of the pre-activations.
+    split = {
+        name
+        for name, _ in sends
+        if name in kernels
+        and not _activates(model.get_layer(name), ("linear",))
+        and (not direct or _activates(model.get_layer(name), TO_PROBABILITIES))
+    }
     _say_bytes(method, model, graph, sends)
     clones, taps, activations = {}, {}, {}
     taken = {operation.name for operation in model.operations}
@@ -254,13 +283,15 @@ def _convert_direct(
 
     def make(layer):
         clone = _counterpart(layer, method, skip)
-        if layer.name in split and not _is_linear(layer):
-            clone.activation = keras.activations.linear
+        if layer.name in split:
             activations[layer.name] = keras.layers.Activation(
-                layer.activation,
+                clone.activation,
+                activity_regularizer=clone.activity_regularizer,
                 dtype=layer.dtype_policy,
                 name=free(f"{layer.name}_activation"),
             )
+            clone.activation = keras.activations.linear
+            clone.activity_regularizer = None
         return clone
 
     def call(node, layer, *args, **kwargs):
@@ -284,8 +315,7 @@ def _convert_direct(
     converted = _clone(model, make, clones, _by_node(graph, call), graph)
     _copy_weights(clones)
     refresh(converted)
-    if compiled is not None:
-        converted.compile_from_config(compiled)
+    _compile_as(given, converted)
     return converted
 
 
@@ -369,9 +399,10 @@ def _clone(
         return new
 
     if isinstance(model, keras.Sequential):
-        return keras.models.clone_model(
-            model, clone_function=clone, recursive=True
-        )
+        with _uncompiled(model):
+            return keras.models.clone_model(
+                model, clone_function=clone, recursive=True
+            )
     inputs = None
     if graph is not None:
         inputs = keras.tree.map_structure(
@@ -382,13 +413,38 @@ def _clone(
         )
         for node, tensor in zip(graph.inputs, keras.tree.flatten(inputs)):
             call.produce(node, tensor)
-    return keras.models.clone_model(
-        model,
-        input_tensors=inputs,
-        clone_function=clone,
-        call_function=call,
-        recursive=True,
-    )
+    with _uncompiled(model):
+        return keras.models.clone_model(
+            model,
+            input_tensors=inputs,
+            clone_function=clone,
+            call_function=call,
+            recursive=True,
+        )
+
+
+@contextlib.contextmanager
+def _uncompiled(model: keras.Model) -> Iterator[None]:
+    """Keeps `clone_model` from compiling: losses may not be serialisable."""
+    compiled, model.compiled = model.compiled, False
+    try:
+        yield
+    finally:
+        model.compiled = compiled
+
+
+def _compile_as(model: keras.Model, other: keras.Model) -> None:
+    if not model.compiled:
+        return
+    try:
+        other.compile_from_config(model.get_compile_config())
+    except (TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(
+            f"What model '{model.name}' was compiled with could not be copied "
+            f"({reason}). Compile the new model.",
+            stacklevel=3,
+        )
 
 
 def _copy_weights(clones: dict) -> None:
@@ -471,8 +527,11 @@ def _is_graph(layer: Any) -> bool:
     )
 
 
-def _is_linear(layer: Any) -> bool:
-    return layer.activation in (None, keras.activations.linear)
+def _activates(layer: keras.layers.Layer, names: tuple[str, ...]) -> bool:
+    """Whether a layer's own activation is one of these."""
+    if layer.activation is None:
+        return "linear" in names
+    return getattr(layer.activation, "__name__", None) in names
 
 
 def _label(node: Node) -> str:
@@ -532,6 +591,9 @@ def _other_methods(
         )
     for key, value in (layers or {}).items():
         if isinstance(key, str):
+            if all(leaf.name != key for leaf in leaves) and key in _BY_NAME:
+                others[_BY_NAME[key]] = methods.get(value)
+                continue
             _check_names([key], leaves, "layers")
             _check_counterparts(key, leaves)
         elif key not in _STOCK and key not in _COUNTERPART:

@@ -41,11 +41,7 @@ def feedback_op(
         )
     n = len(kernels)
 
-    # B is captured. As an argument it would pass through the IdentityN that
-    # custom_gradient makes of them all: the optimizer's update would seem to
-    # wait for B, TensorFlow would drop the edge that makes it wait for what B
-    # reads, then prune the IdentityN, and B could see the next step's W. All
-    # else is an argument: what is captured receives no gradient.
+    # Captured, since it receives no gradient; all else is an argument.
     back = _tensors(feedback_kernels)
 
     @tf.custom_gradient
@@ -71,7 +67,13 @@ def feedback_op(
             kernel_grads = [grad[0] for grad in grads[1:]]
             return (*grads[0], *kernel_grads, *grads[n][1:])
 
-        return tf.identity(records[n][1]), gradient
+        # The output waits for B, and so do the updates, which come from it.
+        # TensorFlow orders a step's reads before its writes, but takes both
+        # custom_gradient's and the optimizer's IdentityN for such an order and
+        # prunes them later: B was at times made of the next step's kernels.
+        with tf.control_dependencies(back):
+            y = tf.identity(records[n][1])
+        return y, gradient
 
     return feedback(*_tensors([inputs, *kernels, *biases]))
 

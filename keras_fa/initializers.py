@@ -68,18 +68,19 @@ def get(identifier: Any) -> Any:
 
 def is_constant(initializer: Any) -> bool:
     """Whether the feedback kernel is one number (stored as a scalar)."""
-    return isinstance(
-        initializer, (KernelMagnitude, keras.initializers.Constant)
-    )
+    return isinstance(initializer, _CONSTANTS)
 
 
-def independent(initializer: Any, kernel_initializer: Any) -> Any:
+def independent(
+    initializer: Any, kernel_initializer: Any, kernel_path: str
+) -> Any:
     """The initializer that draws B_0 independently of W_0.
 
     Args:
         initializer: The layer's `feedback_initializer`, or `None` for the
             kernel's own law.
         kernel_initializer: The initializer instance that W_0 was drawn from.
+        kernel_path: The kernel's path, for the message of the error.
 
     Returns:
         An initializer whose seed is not that of `kernel_initializer`.
@@ -93,11 +94,13 @@ def independent(initializer: Any, kernel_initializer: Any) -> Any:
     seed = getattr(initializer, "seed", None)
     if seed is None and initializer is kernel_initializer:
         raise ValueError(
-            "The feedback kernel is drawn as the kernel unless told "
-            "otherwise, and this kernel's initializer has no seed to draw "
-            "other values from: B_0 would be W_0, which is backpropagation. "
-            "Give a random `feedback_initializer`, for example 'he_normal'. "
-            f"Received: kernel_initializer={kernel_initializer}"
+            f"The feedback kernel of '{kernel_path}' is drawn as the kernel "
+            "unless told otherwise, and the kernel's initializer has no seed "
+            "to draw other values from: B_0 would be W_0, which is "
+            "backpropagation. Give the layer a random `feedback_initializer`, "
+            "for example 'he_normal'; in `convert`, give it another method by "
+            "`layers`, for example 'fa_usf_sn' or 'bp'. Received: "
+            f"kernel_initializer={kernel_initializer}"
         )
     kernel_seed = getattr(kernel_initializer, "seed", None)
     if isinstance(seed, keras.random.SeedGenerator) and seed is kernel_seed:
@@ -132,3 +135,9 @@ def _first(seed: Any) -> int | None:
 
 
 _FEEDBACK_STREAM = 0xFEEDBAC
+_CONSTANTS = (
+    KernelMagnitude,
+    keras.initializers.Constant,
+    keras.initializers.Ones,
+    keras.initializers.Zeros,
+)

@@ -60,6 +60,7 @@ class Alignment(FeedbackRegularizer):
     def __call__(self, feedback_kernel: Any, kernel: Any) -> Any:
         # The floor keeps the gradient of the norm finite for a zero kernel.
         norm = ops.sqrt(ops.maximum(ops.sum(ops.square(kernel)), 1e-30))
+        feedback_kernel = ops.broadcast_to(feedback_kernel, kernel.shape)
         cosine = ops.divide_no_nan(
             ops.sum(feedback_kernel * kernel),
             kernel_norm(feedback_kernel) * norm,

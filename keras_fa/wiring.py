@@ -45,7 +45,7 @@ _PASSED_OPERATIONS = frozenset(
     "Softplus Softsign SparsePlus SparseSigmoid Sparsemax Squareplus Tanh "
     "TanhShrink Threshold".split()
 )
-_TO_PROBABILITIES = ("softmax", "log_softmax", "sigmoid", "linear")
+TO_PROBABILITIES = ("softmax", "log_softmax", "sigmoid", "linear")
 _TO_PROBABILITIES_OPERATIONS = ("Softmax", "LogSoftmax", "Sigmoid")
 
 
@@ -137,7 +137,7 @@ class Graph:
             return type(operation).__name__ in _TO_PROBABILITIES_OPERATIONS
         if type(operation) is keras.layers.Activation:
             name = getattr(operation.activation, "__name__", None)
-            return name in _TO_PROBABILITIES
+            return name in TO_PROBABILITIES
         return type(operation) is keras.layers.Softmax
 
     def direct(self) -> list[Send]:

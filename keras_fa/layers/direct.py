@@ -86,6 +86,7 @@ class SendError(keras.layers.Layer):
     ) -> None:
         super().__init__(**kwargs)
         self.autocast = False  # whatever the dtype of what it stands behind
+        self.supports_masking = True
         self.receivers = list(receivers)
         self.feedback_initializer = keras.initializers.get(feedback_initializer)
 
@@ -118,6 +119,9 @@ class SendError(keras.layers.Layer):
 
     def compute_output_spec(self, inputs: Any) -> Any:
         return keras.KerasTensor(inputs[0].shape, dtype=inputs[0].dtype)
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
+        return None if previous_mask is None else previous_mask[0]
 
     def load_own_variables(self, store: Any) -> None:
         if list(store.keys()):  # a file of stock layers has no maps

@@ -106,7 +106,9 @@ class FeedbackPath(keras.layers.Layer):
             def draw(shape, dtype=None):
                 return self.matched_feedback_kernel()
         else:
-            draw = initializers.independent(initializer, kernel_initializer)
+            draw = initializers.independent(
+                initializer, kernel_initializer, self.kernel.path
+            )
         self.feedback_kernel = self.add_weight(
             shape=shape,
             initializer=draw,
@@ -136,37 +138,52 @@ class FeedbackPath(keras.layers.Layer):
         Returns:
             A tensor with the shape and dtype of `kernel`.
         """
-        # Rules work in the variable's dtype: a norm needs its precision.
-        full = ops.cast(kernel, self.variable_dtype)
-        feedback = self._apply_rule(self.feedback_kernel, full)
-        feedback = ops.broadcast_to(
-            ops.cast(feedback, kernel.dtype), kernel.shape
-        )
-        return ops.stop_gradient(feedback)
+        feedback = self._apply_rule(self._stored(), self._full(kernel))
+        return ops.stop_gradient(ops.cast(feedback, kernel.dtype))
+
+    def _full(self, tensor: Any) -> Any:
+        """In the precision that rules work in: half is too little for norms."""
+        dtype = keras.backend.result_type(self.variable_dtype, "float32")
+        return ops.cast(tensor, dtype)
+
+    def _stored(self) -> Any:
+        if self.feedback_kernel is None:
+            return None
+        return self._full(self.feedback_kernel)
 
     def _apply_rule(self, feedback_kernel: Any, kernel: Any) -> Any:
-        if self.rule is None:
-            return ops.convert_to_tensor(feedback_kernel)
-        return self.rule(feedback_kernel, self.signed(kernel))
+        feedback = feedback_kernel
+        if self.rule is not None:
+            feedback = self.rule(feedback_kernel, self.signed(kernel))
+        if tuple(feedback.shape) not in ((), tuple(kernel.shape)):
+            raise ValueError(
+                f"{type(self.rule).__name__} must return a kernel of the shape "
+                f"{tuple(kernel.shape)}. Received: {tuple(feedback.shape)}"
+            )
+        return ops.broadcast_to(feedback, kernel.shape)
 
     def signed(self, kernel: Any) -> Any:
         """W as rules see it: under fixed signs, zeros have theirs."""
         if self.signs is None:
             return kernel
         signs = ops.cast(self.signs, kernel.dtype)
-        least = float(np.finfo(np.float32).tiny)
+        least = float(np.finfo("float32").tiny)
         return signs * ops.maximum(ops.abs(kernel), least)
 
     def matched_feedback_kernel(self) -> Any:
         """The stored feedback kernel, scaled so that `||B|| = ||W||`."""
-        kernel = ops.convert_to_tensor(self.kernel)
-        stored = self.feedback_kernel
-        if stored is None or stored.shape == ():
+        kernel, stored = self._full(self.kernel), self._stored()
+        constant = stored is None or stored.shape == ()
+        if constant:
             stored = ops.ones((), dtype=kernel.dtype)
-        norm = constraints.kernel_norm(
-            ops.broadcast_to(self._apply_rule(stored, kernel), kernel.shape)
+        feedback = self._apply_rule(stored, kernel)
+        ratio = ops.divide_no_nan(
+            constraints.kernel_norm(kernel), constraints.kernel_norm(feedback)
         )
-        return stored * ops.divide_no_nan(constraints.kernel_norm(kernel), norm)
+        if not constant:
+            # A kernel that is zero for now must not wipe out what is stored.
+            ratio = ops.where(ratio > 0, ratio, ops.ones_like(ratio))
+        return ops.cast(stored * ratio, self.variable_dtype)
 
     def refresh(self) -> None:
         """Takes signs, norms and the matched magnitude anew from the kernel."""
@@ -196,19 +213,20 @@ class FeedbackPath(keras.layers.Layer):
 
     def load_own_variables(self, store: Any) -> None:
         saved = {name: store[name] for name in list(store.keys())}
-        if not saved:  # a file of stock layers: only the kernel came
-            self.refresh()
+        if not saved and not _is_of_fa_layer(store):
+            self.refresh()  # a file of stock layers: only the kernel came
             return
-        for name, variable in self._state().items():
-            shape = np.shape(saved[name]) if name in saved else None
-            if shape != variable.shape:
-                raise ValueError(
-                    f"The weights file was written under another method: "
-                    f"'{name}' of '{variable.path}' must have the shape "
-                    f"{variable.shape}. Received: {shape or 'nothing'}. Load "
-                    "it into a model of the method that it was saved from."
-                )
-        for name, variable in self._state().items():
+        state = self._state()
+        given = {name: np.shape(value) for name, value in saved.items()}
+        wanted = {name: tuple(value.shape) for name, value in state.items()}
+        if given != wanted:
+            raise ValueError(
+                "The weights file was written under another method. The "
+                f"feedback path of '{self.kernel.path}' holds {wanted}. "
+                f"Received: {given}. Load the file into a model of the method "
+                "that it was saved from."
+            )
+        for name, variable in state.items():
             variable.assign(saved[name])
 
 
@@ -478,6 +496,14 @@ def _own_or_stock_entry(store: Any) -> Any:
     return store.get(re.sub(r"(^|/)fa_([^/]*)$", r"\1\2", path))
 
 
+def _is_of_fa_layer(store: Any) -> bool:
+    """Whether the entry of a feedback path is below that of an FA class."""
+    path = getattr(store, "_h5_entry_path", None) or ""
+    layer = path.rpartition("/feedback_paths/")[0]
+    ours = layer.rpartition("/")[2].startswith("fa_")
+    return ours and layer in store.h5_file
+
+
 def _with_feedback(
     regularizer: Any, feedback_regularizer: Any, path: FeedbackPath
 ) -> Callable[[Any], Any]:
@@ -518,7 +544,10 @@ def _signature(cls: type) -> inspect.Signature:
 def feedback_layers(layer: keras.layers.Layer) -> list[FeedbackLayer]:
     """All FA layers in a layer or model, however deep, each once."""
     return [
-        inner
-        for inner in layer._flatten_layers()
-        if isinstance(inner, FeedbackLayer)
+        inner for inner in all_layers(layer) if isinstance(inner, FeedbackLayer)
     ]
+
+
+def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """A layer and all layers in it, however deep, each once."""
+    return list(layer._flatten_layers())
