@@ -531,7 +531,6 @@ def parse(argv: list[str]) -> None:
 
 def run(argv: list[str]) -> int:
     """Runs the program on a command line and returns its exit status."""
-    logging.set_verbosity(logging.ERROR)
     try:
         if keras.backend.backend() != "tensorflow":
             raise UserError(
@@ -539,6 +538,8 @@ def run(argv: list[str]) -> int:
                 "tensorflow. Unset the variable."
             )
         parse(argv)
+        # After the flags, whose --verbosity would set it back.
+        logging.set_verbosity(logging.ERROR)
     except UserError as wrong:
         print(f"main.py: {_one_line(wrong)}", file=sys.stderr)
         return 2

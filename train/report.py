@@ -6,26 +6,15 @@ A row is a method, a column a data set and network; a cell is the mean of the
 test error in percent over the seeds, its standard deviation, and their number.
 """
 
+import startup  # noqa: F401 - before anything imports TensorFlow
+
+# isort: split
 import json
 import statistics
 import sys
 from pathlib import Path
 
-# In the order of the paper's table.
-METHODS = (
-    "bp",
-    "bp_noise",
-    "bp_alignment",
-    "fa",
-    "fa_usf_init_ei",
-    "fa_usf_init",
-    "fa_usf_sn",
-    "dfa",
-    "dense_fa",
-    "bp_const",
-    "fa_usf_const",
-    "fa_usf_const_ei",
-)
+from keras_fa.methods import METHODS
 
 Cells = dict[tuple[str, str], list[float]]
 
