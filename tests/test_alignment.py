@@ -293,3 +293,34 @@ def test_layers_in_a_model_of_ones_own() -> None:
     )
     measured = alignment(model, np.ones((2, 4)), np.ones((2, 3)), "mse")
     assert len(measured) == 1
+
+
+# Names and refusals ----------------------------------------------------------
+
+
+def test_equal_names_in_nested_models_have_a_row_each() -> None:
+    def part() -> keras.Model:
+        return keras.Sequential(
+            [keras.Input((4,)), layers.Dense(4, "tanh", name="d")]
+        )
+
+    start = keras.Input((4,))
+    stock = keras.Model(start, part()(part()(start)))
+    model = convert(stock, "fa")
+    x = RNG.normal(size=(8, 4)).astype("float32")
+    measures = alignment(model, x, x, "mse")
+    assert list(measures) == ["d", "d_1"]
+    assert measures["d"]["angle"] != measures["d_1"]["angle"]
+
+
+def test_models_without_alignment_are_refused() -> None:
+    with pytest.raises(ValueError, match="has no FA layer"):
+        alignment(network(), X, Y, "mse")
+    lazy = keras.Sequential([keras_fa.FADense(3, name="lazy")])
+    with pytest.raises(ValueError, match="'lazy' is not built"):
+        alignment(lazy, X, Y, "mse")
+    start = keras.Input((4,))
+    hidden = layers.Dense(3)(start)
+    two = keras.Model(start, [hidden, layers.Dense(2)(hidden)])
+    with pytest.raises(ValueError, match="2 outputs"):
+        alignment(convert(two, "fa"), X, Y, "mse")

@@ -52,7 +52,7 @@ def model_of(name: str) -> keras.Model:
     if name != "VGG16":
         return body
     outputs = layers.Dense(10, activation="softmax", name="predictions")
-    return keras.Model(body.inputs, outputs(body.outputs[0]))
+    return keras.Model(body.inputs[0], outputs(body.outputs[0]))
 
 
 def kinds(model: keras.Model, prefix: str = "") -> collections.Counter:

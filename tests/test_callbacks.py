@@ -340,3 +340,66 @@ def test_measuring_does_not_change_training() -> None:
 
     for a, b in zip(trained(), trained(AlignmentMonitor((X, Y)))):
         assert np.array_equal(a, b)
+
+
+# Models that Keras builds at their first batch --------------------------------
+
+
+class Lazy(keras.Model):
+    """A subclassed model without an input shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rule = {"feedback_constraint": "sign_concordance"}
+        self.hidden = FADense(8, activation="relu", **rule)
+        self.readout = FADense(3, **rule)
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        return self.readout(self.hidden(inputs))
+
+
+def lazy_sequential() -> keras.Model:
+    """A Sequential model without an Input."""
+    rule = {"feedback_constraint": "sign_concordance"}
+    return keras.Sequential([FADense(8, **rule), FADense(3, **rule)])
+
+
+@pytest.mark.parametrize("build", [Lazy, lazy_sequential])
+def test_models_that_are_not_built_yet(build: type) -> None:
+    model = build()
+    monitored = build()
+    fit(model, StrictNormalization())
+    assert max(mismatch(layer) for layer in feedback_layers(model)) < 1e-6
+    monitor = AlignmentMonitor(probe=(X, Y))
+    fit(monitored, StrictNormalization(), monitor)
+    assert len(monitor.columns) == 8
+    assert max(mismatch(layer) for layer in feedback_layers(monitored)) < 1e-6
+
+
+def test_apply_before_the_model_is_built() -> None:
+    model, normalize = lazy_sequential(), StrictNormalization()
+    normalize.apply(model)
+    model(X)
+    normalize.apply(model)
+    assert max(mismatch(layer) for layer in model.layers) < 1e-6
+
+
+def test_a_kernel_of_zeros_does_not_wipe_out_the_stored_feedback() -> None:
+    layer = FADense(
+        3,
+        kernel_initializer="zeros",
+        feedback_initializer="he_normal",
+        feedback_constraint="sign_concordance",
+    )
+    layer.build((None, 6))
+    normalize = StrictNormalization()
+    normalize.apply(layer)
+    layer.kernel.assign(RNG.normal(size=(6, 3)))
+    normalize.apply(layer)
+    assert mismatch(layer) < 1e-6
+
+
+@pytest.mark.parametrize("probe", [X, None, (X, Y, Y)])
+def test_the_probe_is_a_pair(probe: object) -> None:
+    with pytest.raises(ValueError, match="must be a pair"):
+        AlignmentMonitor(probe=probe)

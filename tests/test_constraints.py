@@ -731,3 +731,56 @@ def test_built_stock_layer_per_unit() -> None:
     layer.kernel_constraint.build(layer.kernel)
     got = layer.kernel_constraint(np.ones((3, 8), "float32"))
     np.testing.assert_array_equal(got[:, 0], [1.0, 0.0, 1.0])
+
+
+# Careless use.
+
+
+def test_names_with_the_package() -> None:
+    layer = dense(
+        feedback_constraint="keras_fa>SignConcordance",
+        kernel_constraint="keras_fa>FixedSign",
+    )
+    assert isinstance(layer.feedback_constraint, SignConcordance)
+    assert isinstance(layer.kernel_constraint, FixedSign)
+
+
+def test_a_rule_of_two_arguments_is_a_class() -> None:
+    with pytest.raises(ValueError, match=r"subclass of .*FeedbackConstraint"):
+        FADense(3, feedback_constraint=lambda feedback, kernel: feedback)
+    layer = dense(feedback_constraint=lambda feedback: 2 * feedback)
+    np.testing.assert_array_equal(
+        references.array(layer.effective_feedback_kernel()),
+        2 * references.array(layer.feedback_kernel),
+    )
+
+
+class Flat(FeedbackConstraint):
+    """A rule that returns another shape."""
+
+    def __call__(self, feedback_kernel: Any, kernel: Any) -> Any:
+        return keras.ops.reshape(feedback_kernel, (-1,))
+
+
+def test_a_rule_keeps_the_shape() -> None:
+    with pytest.raises(ValueError, match=r"Flat must return .*\(5, 3\)"):
+        dense(feedback_constraint=Flat()).effective_feedback_kernel()
+
+
+def test_signs_at_zero_in_float16() -> None:
+    layer = dense(
+        dtype="float16",
+        kernel_constraint="fixed_sign",
+        feedback_constraint="sign_concordance",
+    )
+    fixed = stored_signs(layer.kernel)
+    layer.kernel.assign(np.zeros((5, 3)))
+    feedback = references.array(layer.effective_feedback_kernel())
+    np.testing.assert_array_equal(np.sign(feedback), fixed)
+
+
+def test_weights_against_the_sign_of_their_unit_are_said() -> None:
+    layer = dense(kernel_constraint=FixedSign(per="unit"))
+    layer.kernel.assign([[1.0, 1.0, -0.5]] * 5)
+    with pytest.warns(UserWarning, match=r"33 % of the weights"):
+        layer.refresh()

@@ -413,7 +413,7 @@ def trajectory(rule: Any, normalized: bool, eager: bool) -> np.ndarray:
     cls = NormalizedModel if normalized else keras.Sequential
     model = cls([keras.Input((5,)), first, layer])
     model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=eager)
-    x, y = references.normal((1200, 5), 1), references.normal((1200, 3), 2)
+    x, y = references.normal((240, 5), 1), references.normal((240, 3), 2)
     recorder = Recorder()
     model.fit(
         x, y, batch_size=4, shuffle=False, verbose=0, callbacks=[recorder]
@@ -443,14 +443,54 @@ def test_compiled_step_reads_before_it_writes(
     assert (apart < 1e-4).all(), f"apart from step {np.argmax(apart >= 1e-4)}"
 
 
+def compiled_call(layer: Any, x: np.ndarray) -> tf.Graph:
+    """The graph of a layer's call."""
+    call = tf.function(lambda x: layer(x))
+    return call.get_concrete_function(tf.constant(x)).graph
+
+
+def before(output: tf.Tensor) -> set[str]:
+    """The names of the operations that an output really waits for.
+
+    Of an IdentityN that is the one input that belongs to the output:
+    TensorFlow splits it before it runs the graph.
+    """
+    seen, todo = set(), [output]
+    while todo:
+        tensor = todo.pop()
+        op = tensor.op
+        if tensor.name in seen:
+            continue
+        seen |= {tensor.name, op.name}
+        if op.type == "IdentityN":
+            todo.append(op.inputs[tensor.value_index])
+        else:
+            todo.extend(op.inputs)
+        for control in op.control_inputs:
+            todo.extend(control.outputs)
+    return seen
+
+
+@pytest.mark.parametrize("rule", ["user", "fixed_sign"])
+@pytest.mark.parametrize("kind", BASE_KINDS)
+def test_compiled_output_waits_for_the_feedback(kind: str, rule: str) -> None:
+    """So that no update of the same step can come before it."""
+    kind = KINDS[kind]
+    layer, _ = made(kind, RULES[rule])
+    graph = compiled_call(layer, kind.inputs())
+    waits = before(graph.outputs[0])
+    reads = [op for op in graph.get_operations() if op.type == "ReadVariableOp"]
+    assert len(reads) > 2
+    assert all(op.name in waits for op in reads)
+
+
 @pytest.mark.parametrize("rule", ["user", "noisy_kernel", "fixed_sign"])
 @pytest.mark.parametrize("kind", BASE_KINDS)
 def test_compiled_step_reads_each_kernel_once(kind: str, rule: str) -> None:
     """So that B is made of the very W that the output is computed with."""
     kind = KINDS[kind]
     layer, _ = made(kind, RULES[rule])
-    x = tf.constant(kind.inputs())
-    graph = tf.function(lambda x: layer(x)).get_concrete_function(x).graph
+    graph = compiled_call(layer, kind.inputs())
     for kernel in references.kernels_of(layer):
         inner = next(
             inner

@@ -167,3 +167,10 @@ def test_names_and_configs() -> None:
 def test_negative_rate_is_refused() -> None:
     with pytest.raises(ValueError, match="Received: rate=-1"):
         Alignment(-1)
+
+
+def test_constant_target() -> None:
+    layer = aligned(feedback_initializer="constant")
+    w = references.array(layer.kernel)
+    (loss,) = layer.losses
+    np.testing.assert_allclose(loss, penalty(w, np.ones_like(w)), rtol=1e-5)

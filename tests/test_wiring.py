@@ -651,3 +651,51 @@ def test_names_that_are_taken() -> None:
     model = convert(stock, "dfa")
     assert np.array_equal(model(X), stock(X))
     assert sum(isinstance(a, StopError) for a in model.layers) == 2
+
+
+# What a wired model keeps of its layers --------------------------------------
+
+
+def masked(activation: str) -> keras.Model:
+    """A net on masked sequences whose readout has an activity penalty."""
+    start = keras.Input((5,))
+    x = layers.Embedding(10, 4, mask_zero=True)(start)
+    x = layers.Dense(6, activation="relu", name="a")(x)
+    x = layers.Dense(5, activation="relu", name="b")(x)
+    penalty = keras.regularizers.L1(1.0)
+    readout = layers.Dense(
+        3, activation, activity_regularizer=penalty, name="c"
+    )
+    return keras.Model(start, readout(x))
+
+
+@pytest.mark.parametrize("method", ["dfa", "dense_fa"])
+def test_masks_and_activity_penalties_stay(method: str) -> None:
+    stock = masked("softmax")
+    x = RNG.integers(0, 3, (N, 5))
+    y = RNG.normal(size=(N, 5, 3)).astype("float32")
+    losses = []
+    converted = convert(stock, method)
+    for model in (stock, converted, to_backprop(converted)):
+        model.compile("sgd", "mse")
+        losses.append(model.evaluate(x, y, verbose=0))
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_dfa_sends_the_error_of_other_outputs(activation: str) -> None:
+    """Fused or not, e is that of the output where it is no probability."""
+    start = keras.Input((4,))
+    hidden = layers.Dense(6, name="a")(start)
+    fused = keras.Model(start, layers.Dense(3, activation, name="c")(hidden))
+    apart = layers.Dense(3, name="c")(hidden)
+    apart = layers.Activation(activation, name="act")(apart)
+    apart = keras.Model(start, apart)
+    apart.set_weights(fused.get_weights())
+    models = [convert(model, "dfa") for model in (fused, apart)]
+    (send,) = (x for x in models[0].layers if isinstance(x, SendError))
+    (other,) = (x for x in models[1].layers if isinstance(x, SendError))
+    other.maps[0].assign(send.maps[0])
+    mse = keras.losses.MeanSquaredError()
+    ours, theirs = (gradients(model, X, Y, mse) for model in models)
+    check(ours, {"a/kernel": theirs["a/kernel"]})
