@@ -57,20 +57,19 @@ class _Separable(FeedbackLayer):
 class FAConv1D(_Convolution, keras.layers.Conv1D):
     """`keras.layers.Conv1D` with feedback.
 
-    `y = activation(conv(x, W) + b)`; the error goes down
-    through the same operation's transpose with B in the place of W; dW and db
-    are exact.
+    `y = activation(conv(x, W) + b)`; the error goes down through
+    the same operation's transpose with B in the place of W; dW and db are
+    exact.
 
     Args:
-        filters: Integer, and all other arguments of
-            `Conv1D`.
+        filters: Integer, and all other arguments of `Conv1D`.
         feedback_initializer: Initializer of the feedback kernel. Default
             `None`: the kernel's law, drawn independently.
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `Conv1D`. Kernel and
-    feedback kernel have the shape `window + (channels // groups, filters)`.
+    Input and output shapes: those of `Conv1D`.
+    Kernel and feedback kernel: `window + (channels // groups, filters)`.
 
     Raises:
         ValueError: For LoRA and quantization, and as `Conv1D` does.
@@ -94,20 +93,19 @@ class FAConv1D(_Convolution, keras.layers.Conv1D):
 class FAConv2D(_Convolution, keras.layers.Conv2D):
     """`keras.layers.Conv2D` with feedback.
 
-    `y = activation(conv(x, W) + b)`; the error goes down
-    through the same operation's transpose with B in the place of W; dW and db
-    are exact.
+    `y = activation(conv(x, W) + b)`; the error goes down through
+    the same operation's transpose with B in the place of W; dW and db are
+    exact.
 
     Args:
-        filters: Integer, and all other arguments of
-            `Conv2D`.
+        filters: Integer, and all other arguments of `Conv2D`.
         feedback_initializer: Initializer of the feedback kernel. Default
             `None`: the kernel's law, drawn independently.
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `Conv2D`. Kernel and
-    feedback kernel have the shape `window + (channels // groups, filters)`.
+    Input and output shapes: those of `Conv2D`.
+    Kernel and feedback kernel: `window + (channels // groups, filters)`.
 
     Raises:
         ValueError: For LoRA and quantization, and as `Conv2D` does.
@@ -131,20 +129,19 @@ class FAConv2D(_Convolution, keras.layers.Conv2D):
 class FAConv3D(_Convolution, keras.layers.Conv3D):
     """`keras.layers.Conv3D` with feedback.
 
-    `y = activation(conv(x, W) + b)`; the error goes down
-    through the same operation's transpose with B in the place of W; dW and db
-    are exact.
+    `y = activation(conv(x, W) + b)`; the error goes down through
+    the same operation's transpose with B in the place of W; dW and db are
+    exact.
 
     Args:
-        filters: Integer, and all other arguments of
-            `Conv3D`.
+        filters: Integer, and all other arguments of `Conv3D`.
         feedback_initializer: Initializer of the feedback kernel. Default
             `None`: the kernel's law, drawn independently.
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `Conv3D`. Kernel and
-    feedback kernel have the shape `window + (channels // groups, filters)`.
+    Input and output shapes: those of `Conv3D`.
+    Kernel and feedback kernel: `window + (channels // groups, filters)`.
 
     Raises:
         ValueError: For LoRA and quantization, and as `Conv3D` does.
@@ -173,15 +170,14 @@ class FAConv1DTranspose(_Transposed, keras.layers.Conv1DTranspose):
     are exact.
 
     Args:
-        filters: Integer, and all other arguments of
-            `Conv1DTranspose`.
+        filters: Integer, and all other arguments of `Conv1DTranspose`.
         feedback_initializer: Initializer of the feedback kernel. Default
             `None`: the kernel's law, drawn independently.
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `Conv1DTranspose`. Kernel and
-    feedback kernel have the shape `window + (filters, channels)`.
+    Input and output shapes: those of `Conv1DTranspose`.
+    Kernel and feedback kernel: `window + (filters, channels)`.
 
     Raises:
         ValueError: For LoRA and quantization, and as `Conv1DTranspose` does.
@@ -210,15 +206,14 @@ class FAConv2DTranspose(_Transposed, keras.layers.Conv2DTranspose):
     are exact.
 
     Args:
-        filters: Integer, and all other arguments of
-            `Conv2DTranspose`.
+        filters: Integer, and all other arguments of `Conv2DTranspose`.
         feedback_initializer: Initializer of the feedback kernel. Default
             `None`: the kernel's law, drawn independently.
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `Conv2DTranspose`. Kernel and
-    feedback kernel have the shape `window + (filters, channels)`.
+    Input and output shapes: those of `Conv2DTranspose`.
+    Kernel and feedback kernel: `window + (filters, channels)`.
 
     Raises:
         ValueError: For LoRA and quantization, and as `Conv2DTranspose` does.
@@ -247,15 +242,14 @@ class FAConv3DTranspose(_Transposed, keras.layers.Conv3DTranspose):
     are exact.
 
     Args:
-        filters: Integer, and all other arguments of
-            `Conv3DTranspose`.
+        filters: Integer, and all other arguments of `Conv3DTranspose`.
         feedback_initializer: Initializer of the feedback kernel. Default
             `None`: the kernel's law, drawn independently.
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `Conv3DTranspose`. Kernel and
-    feedback kernel have the shape `window + (filters, channels)`.
+    Input and output shapes: those of `Conv3DTranspose`.
+    Kernel and feedback kernel: `window + (filters, channels)`.
 
     Raises:
         ValueError: For LoRA and quantization, and as `Conv3DTranspose` does.
@@ -291,8 +285,8 @@ class FADepthwiseConv1D(_Depthwise, keras.layers.DepthwiseConv1D):
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `DepthwiseConv1D`. Kernel and
-    feedback kernel have the shape `window + (channels, depth_multiplier)`.
+    Input and output shapes: those of `DepthwiseConv1D`.
+    Kernel and feedback kernel: `window + (channels, depth_multiplier)`.
 
     Raises:
         ValueError: For LoRA and quantization, and as `DepthwiseConv1D` does.
@@ -328,8 +322,8 @@ class FADepthwiseConv2D(_Depthwise, keras.layers.DepthwiseConv2D):
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `DepthwiseConv2D`. Kernel and
-    feedback kernel have the shape `window + (channels, depth_multiplier)`.
+    Input and output shapes: those of `DepthwiseConv2D`.
+    Kernel and feedback kernel: `window + (channels, depth_multiplier)`.
 
     Raises:
         ValueError: For LoRA and quantization, and as `DepthwiseConv2D` does.
@@ -358,8 +352,7 @@ class FASeparableConv1D(_Separable, keras.layers.SeparableConv1D):
     product of its own input and error.
 
     Args:
-        filters: Integer, and all other arguments of
-            `SeparableConv1D`.
+        filters: Integer, and all other arguments of `SeparableConv1D`.
         feedback_initializer: Initializer of the feedback kernel. Default
             `None`: the kernel's law, drawn independently.
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
@@ -396,8 +389,7 @@ class FASeparableConv2D(_Separable, keras.layers.SeparableConv2D):
     product of its own input and error.
 
     Args:
-        filters: Integer, and all other arguments of
-            `SeparableConv2D`.
+        filters: Integer, and all other arguments of `SeparableConv2D`.
         feedback_initializer: Initializer of the feedback kernel. Default
             `None`: the kernel's law, drawn independently.
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.

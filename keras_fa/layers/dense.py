@@ -57,7 +57,8 @@ class FAEinsumDense(FeedbackLayer, keras.layers.EinsumDense):
         feedback_regularizer: Penalty on the feedback kernel. Default `None`.
         feedback_constraint: The rule that gives B. Default `None`: FA.
 
-    Input and output shapes: those of `EinsumDense`.
+    Input and output shapes: those of `EinsumDense`. Kernel and feedback kernel
+    have the shape that the equation gives the kernel.
 
     Raises:
         ValueError: For LoRA and quantization, and as `EinsumDense` does.
