@@ -629,7 +629,13 @@ def without_ours(constraint: Any) -> Any:
             for part in constraint.constraints
             if not isinstance(part, KernelConstraint)
         ]
-        return left[0] if len(left) == 1 else Chain(left) if left else None
+        if len(left) > 1:
+            raise ValueError(
+                "A stock layer takes one kernel constraint. Received: "
+                f"{', '.join(type(part).__name__ for part in left)}. Write one "
+                "constraint that does the work of them all."
+            )
+        return left[0] if left else None
     return None if isinstance(constraint, KernelConstraint) else constraint
 
 

@@ -1013,3 +1013,10 @@ def test_a_kernel_that_cannot_be_drawn_again_is_named() -> None:
     with pytest.raises(ValueError, match=r"'[^']*head/kernel'"):
         convert(stock, "fa")
     convert(stock, "fa", layers={"head": "fa_usf_sn"})
+
+
+def test_two_constraints_of_the_users_have_no_stock_form() -> None:
+    layer = keras_fa.FADense(3, kernel_constraint=["non_neg", "max_norm"])
+    model = keras.Sequential([keras.Input((4,)), layer])
+    with pytest.raises(ValueError, match="NonNeg, MaxNorm"):
+        to_backprop(model)
