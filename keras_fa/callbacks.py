@@ -70,9 +70,9 @@ class StrictNormalization(keras.callbacks.Callback):
                 normalize. The compiled call is kept per model: keep the
                 callback, too, when calling this in a loop.
         """
-        if not all(layer.built for layer in feedback_layers(model)):
-            return  # Keras builds some models at their first batch
         if model not in self._compiled:
+            if not all(layer.built for layer in feedback_layers(model)):
+                return  # Keras builds some models at their first batch
             paths = normalized_paths(model)
             self._compiled[model] = gradients.compiled(
                 lambda: _normalize(paths)

@@ -235,9 +235,14 @@ def settings() -> SimpleNamespace:
     dataset = data.DATASETS[chosen.dataset]
     defaults = {
         name: getattr(dataset, name)
-        for name in ("model", "epochs", "batch_size", "optimizer")
+        for name in (
+            "model",
+            "epochs",
+            "batch_size",
+            "optimizer",
+            "warmup_epochs",
+        )
     }
-    defaults["warmup_epochs"] = dataset.warmup_epochs
     for name, value in defaults.items():
         if getattr(chosen, name) is None:
             setattr(chosen, name, value)
