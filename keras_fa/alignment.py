@@ -24,6 +24,7 @@ from keras_fa import gradients
 from keras_fa.layers.direct import StopError
 from keras_fa.layers.feedback import FeedbackPath
 from keras_fa.layers.feedback import all_layers
+from keras_fa.layers.feedback import all_variables
 from keras_fa.layers.feedback import feedback_layers
 
 
@@ -104,15 +105,14 @@ def alignment_function(
     direct = any(isinstance(inner, StopError) for inner in all_layers(model))
 
     def kernel_gradients(x, y):
-        # What the forward pass assigns (statistics, random state) goes to the
-        # scope and is dropped with it, so that both passes start from the
-        # same state and leave none behind.
-        with keras.StatelessScope(initialize_variables=False):
-            return gradients.gradients_of(
-                lambda: loss(y, model(x, training=True)), kernels
-            )
+        # What the forward pass assigns (statistics, random state) is dropped,
+        # so that both passes start from the same state and leave none behind.
+        return gradients.gradients_of(
+            lambda: loss(y, model(x, training=True)),
+            kernels,
+            state=all_variables(model),
+        )
 
-    @gradients.compiled
     def measure(x, y):
         received = kernel_gradients(x, y)
         with gradients.backpropagation():
@@ -123,6 +123,8 @@ def alignment_function(
             row["gradient_angle"] = angle(got, wanted)
             rows.append(row)
         return rows
+
+    measure = gradients.compiled(measure, reads=all_variables(model))
 
     def measured(x, y):
         rows = measure(*keras.tree.map_structure(ops.convert_to_tensor, (x, y)))
@@ -156,7 +158,7 @@ def _of_rank(y: Any, output: Any) -> Any:
 
 def _of_path(path: FeedbackPath) -> dict[str, Any]:
     kernel = ops.convert_to_tensor(path.kernel)
-    with keras.StatelessScope(initialize_variables=False):
+    with gradients.isolated(path.variables):
         feedback = path.effective(kernel)
     return {
         "angle": angle(feedback, kernel),

@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -10,6 +11,7 @@ from keras_fa import gradients
 from keras_fa.alignment import alignment_function
 from keras_fa.alignment import named_paths
 from keras_fa.layers.feedback import FeedbackPath
+from keras_fa.layers.feedback import all_variables
 from keras_fa.layers.feedback import feedback_layers
 
 
@@ -21,12 +23,16 @@ class StrictNormalization(keras.callbacks.Callback):
     `feedback_initializer="constant"` and `SignConcordance` that is strict
     normalization, `B_t = ||W_t|| sign(W_t) / ||sign(W_t)||`. Left as they are:
     layers without a rule (FA), with nothing stored, and those whose rule has a
-    `fixed_magnitude` (uSF Init.). All layers are rescaled in one compiled call.
+    `fixed_magnitude` (uSF Init.).
+
+    In `fit` the normalization is the end of the compiled training step itself:
+    it costs no call of its own, and holds within `steps_per_execution` too. A
+    `fit` that an exception ends leaves it there, until the next one with this
+    callback ends or the model is compiled again.
 
     Raises:
-        ValueError: At the start of `fit`, if the model was compiled with
-            `steps_per_execution` above 1: Keras would then call this once for
-            several batches, and B would lag behind W.
+        RuntimeError: In `fit`, with Keras's NNX integration switched on, whose
+            training step cannot be extended.
 
     Source: Moskovitz et al. (2018), "strict normalization".
 
@@ -61,6 +67,8 @@ class StrictNormalization(keras.callbacks.Callback):
     def __init__(self) -> None:
         super().__init__()
         self._compiled = weakref.WeakKeyDictionary()
+        self._plain_function = None
+        self._function = None
 
     def apply(self, model: keras.layers.Layer) -> None:
         """Normalizes the feedback of every FA layer in a model or layer now.
@@ -75,25 +83,36 @@ class StrictNormalization(keras.callbacks.Callback):
                 return  # Keras builds some models at their first batch
             paths = normalized_paths(model)
             self._compiled[model] = gradients.compiled(
-                lambda: _normalize(paths)
+                lambda: _normalize(paths),
+                reads=all_variables(model),
+                assigns=[path.feedback_kernel for path in paths],
             )
         self._compiled[model]()
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        steps = getattr(self.model, "steps_per_execution", 1)
-        if steps > 1:
-            raise ValueError(
-                "StrictNormalization needs to run after every batch, and "
-                "`fit` calls it once for `steps_per_execution` batches. "
-                f"Received: steps_per_execution={steps}. Compile the model "
-                "with steps_per_execution=1."
-            )
+        model = self.model
         # Layers may have been built or loaded since an earlier fit.
-        self._compiled.pop(self.model, None)
-        self.apply(self.model)
+        self._compiled.pop(model, None)
+        self.apply(model)
+        if model.train_function is not self._plain_function:
+            self._plain_function = model.train_function
+            self._function = self._normalizing_function()
+        model.train_function = self._function
 
-    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        self.apply(self.model)
+    def on_train_end(self, logs: dict | None = None) -> None:
+        self.model.train_function = self._plain_function
+
+    def _normalizing_function(self) -> Callable:
+        """A train function whose every step ends with the normalization."""
+        model = self.model
+        model.train_step = gradients.followed_by(
+            model, lambda: _normalize(normalized_paths(model))
+        )
+        try:
+            model.make_train_function(force=True)
+        finally:
+            del model.train_step  # the class's own again
+        return model.train_function
 
 
 def normalized_paths(model: keras.layers.Layer) -> list[FeedbackPath]:

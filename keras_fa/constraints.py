@@ -43,6 +43,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fa import gradients
+
 
 class FeedbackConstraint(keras.constraints.Constraint):
     """Base class of feedback rules: `B_t = rule(stored B, W_t)`.
@@ -379,7 +381,7 @@ class FixedSign(KernelConstraint):
         return ops.where(kernel >= 0, 1, -1)
 
     def refresh(self, kernel: Any) -> None:
-        self.signs.assign(ops.cast(self._signs_of(kernel), "int8"))
+        gradients.remember(self.signs, ops.cast(self._signs_of(kernel), "int8"))
         kernel = ops.convert_to_tensor(kernel)
         lost = float(ops.mean(ops.cast(self(kernel) != kernel, "float32")))
         if lost:
@@ -398,7 +400,8 @@ class FixedSign(KernelConstraint):
         if self.signs is None:
             raise self._not_built()
         kernel = ops.convert_to_tensor(kernel)
-        keeps_sign = kernel * ops.cast(self.signs, kernel.dtype) > 0
+        signs = gradients.recall(self.signs, kernel)
+        keeps_sign = kernel * ops.cast(signs, kernel.dtype) > 0
         return ops.where(keeps_sign, kernel, ops.zeros_like(kernel))
 
     def get_config(self) -> dict:
@@ -443,7 +446,8 @@ class ConstantNorm(KernelConstraint):
         )
 
     def refresh(self, kernel: Any) -> None:
-        self.norm.assign(kernel_norm(ops.convert_to_tensor(kernel)))
+        norm = kernel_norm(ops.convert_to_tensor(kernel))
+        gradients.remember(self.norm, norm)
 
     @property
     def state(self) -> dict[str, keras.Variable]:
@@ -453,7 +457,8 @@ class ConstantNorm(KernelConstraint):
         if self.norm is None:
             raise self._not_built()
         kernel = ops.convert_to_tensor(kernel)
-        return kernel * _divide(self.norm, kernel_norm(kernel))
+        norm = gradients.recall(self.norm, kernel)
+        return kernel * _divide(norm, kernel_norm(kernel))
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")

@@ -28,6 +28,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_fa import constraints
 from keras_fa import layers as fa_layers
@@ -451,14 +453,17 @@ def _copy_weights(clones: dict) -> None:
     for source, clone in clones.items():
         if not isinstance(source, keras.layers.Layer) or not clone.built:
             continue
-        # A layer's own weights come before those of its feedback paths.
+        # A layer's own weights come before those of its feedback paths. Copies:
+        # training on JAX gives the memory of a model's weights away.
         for ours, theirs in zip(clone.weights, source.weights):
-            ours.assign(theirs)
+            ours.assign(ops.copy(theirs))
         # Some layers derive more from what they load (Normalization).
         store = {}
         source.save_own_variables(store)
         if store:
-            clone.load_own_variables(store)
+            clone.load_own_variables(
+                {name: np.array(value) for name, value in store.items()}
+            )
 
 
 def _counterpart(

@@ -7,39 +7,61 @@ is: the output is `op(x, W)` and the kernel's own gradient is the true local
 product of `x` and `dy`.
 
 Everything that the rest of the package needs of a backend is listed here. A
-backend is one module that implements these names:
+backend is one module that implements these names; `gradients_tensorflow` says
+what each of them does:
 
 - `feedback_op`: an operation that computes with W and sends errors through B;
 - `send_error`: the identity, whose error also goes to other tensors (DFA);
 - `gradients_of`: the gradients of a loss with respect to variables;
-- `compiled`: a function compiled for the backend.
+- `compiled`: a function compiled for the backend;
+- `followed_by`: a training step with something done at its end;
+- `recall`, `remember`, `exported`: what is kept beside a model's own variables.
 """
 
 import contextlib
 import threading
+from collections.abc import Iterable
 from collections.abc import Iterator
 
 import keras
 
 if keras.backend.backend() == "tensorflow":
     from keras_fa.gradients_tensorflow import compiled
+    from keras_fa.gradients_tensorflow import exported
     from keras_fa.gradients_tensorflow import feedback_op
+    from keras_fa.gradients_tensorflow import followed_by
     from keras_fa.gradients_tensorflow import gradients_of
+    from keras_fa.gradients_tensorflow import recall
+    from keras_fa.gradients_tensorflow import remember
     from keras_fa.gradients_tensorflow import send_error
+elif keras.backend.backend() == "jax":
+    from keras_fa.gradients_jax import compiled
+    from keras_fa.gradients_jax import exported
+    from keras_fa.gradients_jax import feedback_op
+    from keras_fa.gradients_jax import followed_by
+    from keras_fa.gradients_jax import gradients_of
+    from keras_fa.gradients_jax import recall
+    from keras_fa.gradients_jax import remember
+    from keras_fa.gradients_jax import send_error
 else:
     raise ImportError(
-        "keras_fa runs on Keras's TensorFlow backend. Received: "
+        "keras_fa runs on Keras's backends tensorflow and jax. Received: "
         f"KERAS_BACKEND={keras.backend.backend()}. Set KERAS_BACKEND=tensorflow"
-        " in the environment, or `backend` in keras.json, before keras is "
-        "imported."
+        " or jax in the environment, or `backend` in keras.json, before keras "
+        "is imported."
     )
 
 __all__ = [
     "backpropagation",
     "compiled",
+    "exported",
     "feedback_op",
+    "followed_by",
     "gradients_of",
     "in_backpropagation",
+    "isolated",
+    "recall",
+    "remember",
     "send_error",
 ]
 
@@ -65,3 +87,15 @@ def backpropagation() -> Iterator[None]:
 def in_backpropagation() -> bool:
     """Whether the caller is inside a `backpropagation` scope."""
     return getattr(_scope, "active", False)
+
+
+def isolated(variables: Iterable[keras.Variable]) -> keras.StatelessScope:
+    """A scope that reads variables as they are and drops what it assigns.
+
+    Args:
+        variables: All Keras variables that are read or assigned inside.
+    """
+    return keras.StatelessScope(
+        [(variable, variable.value) for variable in variables],
+        initialize_variables=False,
+    )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 
@@ -137,25 +138,100 @@ def _tensors(values: list) -> list[tf.Tensor]:
     return [tf.convert_to_tensor(value) for value in values]
 
 
-def gradients_of(loss: Callable[[], tf.Tensor], variables: list[Any]) -> list:
+def gradients_of(
+    loss: Callable[[], tf.Tensor],
+    variables: Sequence[keras.Variable],
+    state: Sequence[keras.Variable],
+) -> list[tf.Tensor]:
     """Gradients of `loss()` with respect to Keras variables.
 
     Args:
         loss: A function without arguments that computes a scalar.
         variables: Keras variables.
+        state: What else `loss` reads or assigns. What it assigns is dropped.
 
     Returns:
         A tensor for each variable: zeros where the loss does not depend on it.
     """
-    values = [variable.value for variable in variables]
+    values = [tf.convert_to_tensor(variable) for variable in variables]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(values)
-        value = loss()
+        scope = keras.StatelessScope(
+            [
+                *((variable, variable.value) for variable in state),
+                *zip(variables, values),
+            ],
+            initialize_variables=False,
+        )
+        with scope:
+            value = loss()
     return tape.gradient(
         value, values, unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
 
 
-def compiled(function: Callable) -> Callable:
-    """`function`, compiled at its first call and whenever shapes change."""
+def compiled(
+    function: Callable,
+    reads: Sequence[keras.Variable],
+    assigns: Sequence[keras.Variable] = (),
+) -> Callable:
+    """`function`, compiled at its first call and whenever shapes change.
+
+    Args:
+        function: A function of tensors.
+        reads: The variables that it reads and that may change between calls.
+        assigns: Those that it assigns.
+
+    Returns:
+        A function of the same tensors.
+    """
+    del reads, assigns  # a tf.function follows its variables by itself
     return tf.function(function, autograph=False, reduce_retracing=True)
+
+
+def followed_by(
+    model: keras.Model, function: Callable[[], None]
+) -> Callable[..., Any]:
+    """The model's training step with `function()` at its end.
+
+    Args:
+        model: A Keras model.
+        function: What is done after each update, on the updated weights. It
+            reads the model's variables and assigns non-trainable ones.
+
+    Returns:
+        A function of the arguments of the model's `train_step`.
+    """
+    step = model.train_step
+
+    def train_step(data):
+        logs = step(data)
+        function()
+        return logs
+
+    return train_step
+
+
+def recall(variable: keras.Variable, kernel: Any) -> Any:
+    """The value of a variable that no step is handed.
+
+    Args:
+        variable: A variable that is not tracked by a layer, whose value is
+            assigned by `remember` alone.
+        kernel: The kernel that the value is used with: tells whether this is
+            being compiled.
+
+    Returns:
+        A tensor or variable of the backend.
+    """
+    return variable.value
+
+
+def remember(variable: keras.Variable, value: Any) -> None:
+    """Assigns a variable that `recall` reads, outside a compiled step."""
+    variable.assign(value)
+
+
+def exported(variables: Sequence[keras.Variable]) -> list:
+    """What an exported graph refers to of variables that no layer tracks."""
+    return [variable.value for variable in variables]

@@ -78,7 +78,7 @@ class FeedbackPath(keras.layers.Layer):
             # Random state belongs to the layer, for Keras to carry along.
             self._seed_generator = getattr(rule, "seed_generator", None)
         # Not Keras weights, yet the exported graph refers to them.
-        self._exported = [v.value for v in self._constraint_state().values()]
+        self._exported = gradients.exported(list(self.memory.values()))
         self.built = True
 
     @property
@@ -116,6 +116,8 @@ class FeedbackPath(keras.layers.Layer):
             dtype=self.kernel.dtype,
             trainable=False,
             autocast=False,
+            # Replicas hold the same kernel, so any one may assign it.
+            aggregation="only_first_replica",
             name=f"feedback_{self.kernel.name}",
         )
 
@@ -127,7 +129,7 @@ class FeedbackPath(keras.layers.Layer):
     @property
     def signs(self) -> Any:
         """The fixed signs of the kernel, a variable, or `None`."""
-        return self._constraint_state().get("signs")
+        return self.memory.get("signs")
 
     def effective(self, kernel: Any) -> Any:
         """B for a forward kernel W: what carries the error.
@@ -166,7 +168,8 @@ class FeedbackPath(keras.layers.Layer):
         """W as rules see it: under fixed signs, zeros have theirs."""
         if self.signs is None:
             return kernel
-        signs = ops.cast(self.signs, kernel.dtype)
+        signs = gradients.recall(self.signs, kernel)
+        signs = ops.cast(signs, kernel.dtype)
         least = float(np.finfo("float32").tiny)
         return signs * ops.maximum(ops.abs(kernel), least)
 
@@ -196,16 +199,21 @@ class FeedbackPath(keras.layers.Layer):
         """Not supported; raises a `ValueError`. `Model.quantize` comes here."""
         _refuse(self.kernel.path, f"quantize(mode={mode!r})")
 
-    def _constraint_state(self) -> dict[str, keras.Variable]:
+    @property
+    def memory(self) -> dict[str, keras.Variable]:
+        """What the kernel's constraint remembers, by name.
+
+        These variables are not among a model's own: an optimizer that calls
+        the constraint has to find them where it finds no other state.
+        """
         if isinstance(self._constraint, constraints.KernelConstraint):
             return self._constraint.state
         return {}
 
     def _state(self) -> dict[str, keras.Variable]:
-        state = dict(self._constraint_state())
-        if self.feedback_kernel is not None:
-            state["feedback_kernel"] = self.feedback_kernel
-        return state
+        if self.feedback_kernel is None:
+            return self.memory
+        return {**self.memory, "feedback_kernel": self.feedback_kernel}
 
     def save_own_variables(self, store: Any) -> None:
         for name, variable in self._state().items():
@@ -227,7 +235,7 @@ class FeedbackPath(keras.layers.Layer):
                 "that it was saved from."
             )
         for name, variable in state.items():
-            variable.assign(saved[name])
+            gradients.remember(variable, saved[name])
 
 
 class FeedbackLayer:
@@ -430,7 +438,7 @@ class FeedbackLayer:
             them for layers with two kernels. Reading it advances no random
             state: under `NoisyKernel` it is what the next step will use.
         """
-        with keras.StatelessScope(initialize_variables=False):
+        with gradients.isolated(self.variables):
             return self._one_or_all(
                 path.effective(ops.convert_to_tensor(path.kernel))
                 for path in self._paths()
@@ -551,3 +559,20 @@ def feedback_layers(layer: keras.layers.Layer) -> list[FeedbackLayer]:
 def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """A layer and all layers in it, however deep, each once."""
     return list(layer._flatten_layers())
+
+
+def all_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """All that a layer or model reads in a step.
+
+    Its own variables, and what the constraints of its kernels remember.
+    """
+    return [
+        *layer.variables,
+        *(
+            variable
+            for inner in feedback_layers(layer)
+            if inner.built
+            for path in inner.feedback_paths
+            for variable in path.memory.values()
+        ),
+    ]
