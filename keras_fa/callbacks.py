@@ -91,9 +91,8 @@ class StrictNormalization(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         model = self.model
-        # Layers may have been built or loaded since an earlier fit.
-        self._compiled.pop(model, None)
-        self.apply(model)
+        self._compiled.pop(model, None)  # layers may have been built since
+        _normalize(normalized_paths(model))
         if model.train_function is not self._plain_function:
             self._plain_function = model.train_function
             self._function = self._normalizing_function()
@@ -116,10 +115,14 @@ class StrictNormalization(keras.callbacks.Callback):
 
 
 def normalized_paths(model: keras.layers.Layer) -> list[FeedbackPath]:
-    """The feedback paths of a model that strict normalization rescales."""
+    """The feedback paths of a model that strict normalization rescales.
+
+    Those of layers that are not built yet are not among them.
+    """
     return [
         path
         for layer in feedback_layers(model)
+        if layer.built
         for path in layer.feedback_paths
         if path.rule is not None
         and path.rule.stores_feedback_kernel

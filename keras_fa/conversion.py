@@ -20,6 +20,7 @@ STOP and SEND are identities in the forward pass: outputs do not change.
 import contextlib
 import copy
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -110,7 +111,8 @@ def convert(
         ValueError: If the model is neither Functional nor Sequential, is not
             built, has a layer with a kernel but without a counterpart that
             `skip` does not name, or if a name is unknown; under DFA and
-            DenseFA also for nested models, several outputs and `layers`.
+            DenseFA also for nested models, several outputs, `layers`, and
+            maps that the machine's memory cannot hold.
 
     Source: Moskovitz et al. (2018) for the methods.
 
@@ -327,7 +329,11 @@ def _say_bytes(
     graph: Graph,
     sends: dict[Node, Send],
 ) -> None:
-    """Logs the size of the maps that are about to be made."""
+    """Logs the size of the maps that are about to be made.
+
+    Raises:
+        ValueError: If the machine's memory cannot hold them.
+    """
     sizes = {}
 
     def record(node, layer, *args, **kwargs):
@@ -343,14 +349,27 @@ def _say_bytes(
         for send in sends.values()
         for tap in send.taps
     ]
-    logging.getLogger("keras_fa").warning(
-        "%s: %d fixed random maps for model '%s' need %s bytes (%.1f MiB).",
-        method.title,
-        len(maps),
-        model.name,
-        f"{4 * sum(maps):,}",
-        4 * sum(maps) / 2**20,
+    size = 4 * sum(maps)
+    needs = (
+        f"{method.title}: {len(maps)} fixed random maps for model "
+        f"'{model.name}' need {size:,} bytes ({size / 2**20:,.1f} MiB)"
     )
+    memory = _machine_memory()
+    if memory is not None and size > memory:
+        raise ValueError(
+            f"{needs}, and this machine has {memory / 2**20:,.0f} MiB. Use a "
+            "smaller model, or a method without such maps, for example "
+            "'fa_usf_sn'."
+        )
+    logging.getLogger("keras_fa").warning("%s.", needs)
+
+
+def _machine_memory() -> int | None:
+    """In bytes; `None` where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def _by_node(graph: Graph, call: Callable) -> Callable:
