@@ -4,17 +4,22 @@ Every data set is a table entry and fits into memory as uint8 arrays. The test
 images are those of the data set's makers (digits: a fixed stratified fifth);
 the validation images are a fixed tenth of the training images.
 
-The order of the images and their augmentation depend on nothing but the seed
-and the number of the epoch, so that a resumed run sees what an uninterrupted
-one would have seen.
+Batches are raw images. What is done to them (windows, mirroring, scaling) are
+Keras layers at the front of the model, so that it happens on the model's
+device, on any backend, and a saved model takes raw images.
 """
 
-import os
+import functools
+import zipfile
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
+import files
+import keras
 import numpy as np
-import tensorflow as tf
+import startup
 from errors import UserError
 
 
@@ -48,6 +53,9 @@ class Dataset(NamedTuple):
     warmup_epochs: float = 0.0
 
 
+# Where the images come from.
+
+
 def load_digits(data_dir: str | None, download: bool) -> Splits:
     """The 1797 handwritten digits that come with scikit-learn."""
     del data_dir, download
@@ -68,18 +76,50 @@ def load_digits(data_dir: str | None, download: bool) -> Splits:
     return Splits(train, validation, test)
 
 
-def load_tfds(name: str, data_dir: str | None, download: bool) -> Splits:
-    """A data set of TensorFlow Datasets with splits `train` and `test`."""
+def load_folder(name: str, data_dir: str | None, download: bool) -> Splits:
+    """A data set from its file of arrays, or else from TensorFlow Datasets."""
+    if data_dir is not None and array_file(name, data_dir).exists():
+        rest, test = read_arrays(name, array_file(name, data_dir))
+    else:
+        rest, test = read_tfds(name, data_dir, download)
+    cut = len(rest.labels) - len(rest.labels) // 10
+    return Splits(
+        Split(rest.images[:cut], rest.labels[:cut]),
+        Split(rest.images[cut:], rest.labels[cut:]),
+        test,
+    )
+
+
+def read_tfds(
+    name: str, data_dir: str | None, download: bool
+) -> tuple[Split, Split]:
+    """The splits `train` and `test` of a data set of TensorFlow Datasets.
+
+    Args:
+        name: The data set's.
+        data_dir: The folder it is prepared in; `None`: TFDS's own default.
+        download: Whether to fetch it where it is not there.
+
+    Raises:
+        UserError: If it is not there, or cannot be fetched or read.
+    """
+    if data_dir is not None:
+        data_dir = str(Path(data_dir).expanduser())
+    if not startup.installed("tensorflow", "tensorflow_datasets"):
+        raise UserError(
+            f"--data_dir={data_dir}: no {name}.npz is there, and TensorFlow "
+            "Datasets is not installed. Install tensorflow and "
+            "tensorflow-datasets, or make the file where they are: python "
+            f"train/export.py --dataset={name} --to=FOLDER."
+        )
     import tensorflow_datasets as tfds
 
-    if data_dir is not None:
-        data_dir = os.path.expanduser(data_dir)
-        if not download and not os.path.isdir(data_dir):
-            raise UserError(
-                f"--data_dir={data_dir}: no such folder. Give the TensorFlow "
-                f"Datasets folder that holds {name}, or add --download to "
-                "fetch it into a new one."
-            )
+    if data_dir is not None and not download and not Path(data_dir).is_dir():
+        raise UserError(
+            f"--data_dir={data_dir}: no such folder. Give the one that holds "
+            f"{name}, as TensorFlow Datasets or train/export.py wrote it, or "
+            "add --download to fetch it into a new one."
+        )
     try:
         builder = tfds.builder(name, data_dir=data_dir)
         if download:
@@ -87,10 +127,10 @@ def load_tfds(name: str, data_dir: str | None, download: bool) -> Splits:
         elif not builder.is_prepared():
             raise UserError(
                 f"{builder.data_dir}: no {name} is prepared there. Give the "
-                "TensorFlow Datasets folder that holds it with --data_dir, or "
-                "add --download to fetch it."
+                "folder that holds it with --data_dir, as TensorFlow Datasets "
+                "or train/export.py wrote it, or add --download to fetch it."
             )
-        rest, test = (
+        train, test = (
             Split(part["image"].numpy(), part["label"].numpy())
             for part in builder.as_dataset(
                 split=["train", "test"], batch_size=-1
@@ -105,16 +145,74 @@ def load_tfds(name: str, data_dir: str | None, download: bool) -> Splits:
             f"({type(error).__name__}: {reason}). Check --data_dir"
             + (" and the network." if download else ", or use --download.")
         ) from error
-    cut = len(rest.labels) - len(rest.labels) // 10
-    return Splits(
-        Split(rest.images[:cut], rest.labels[:cut]),
-        Split(rest.images[cut:], rest.labels[cut:]),
-        test,
+    return train, test
+
+
+def array_file(name: str, folder: str) -> Path:
+    """The file of arrays of a data set in a folder."""
+    return Path(folder).expanduser() / f"{name}.npz"
+
+
+def write_arrays(file: Path, train: Split, test: Split) -> None:
+    """Writes the two splits of a data set as a compressed NumPy archive."""
+    files.replace(
+        file,
+        lambda aside: np.savez_compressed(
+            aside,
+            train_images=train.images,
+            train_labels=train.labels,
+            test_images=test.images,
+            test_labels=test.labels,
+        ),
     )
 
 
-def _tfds(name: str) -> Callable[[str | None, bool], Splits]:
-    return lambda data_dir, download: load_tfds(name, data_dir, download)
+def read_arrays(name: str, file: Path) -> tuple[Split, Split]:
+    """Reads what `write_arrays` has written, and checks that it fits.
+
+    Args:
+        name: The data set's.
+        file: The archive.
+
+    Raises:
+        UserError: If it is damaged, or holds something else.
+    """
+    dataset = DATASETS[name]
+    try:
+        with np.load(file) as arrays:
+            train, test = (
+                Split(arrays[f"{part}_images"], arrays[f"{part}_labels"])
+                for part in ("train", "test")
+            )
+        for images, labels in (train, test):
+            if images.dtype != np.uint8:
+                raise ValueError(f"images of {images.dtype}, not uint8")
+            if images.shape[1:] != dataset.image_shape:
+                raise ValueError(
+                    f"images of shape {images.shape[1:]}, not "
+                    f"{dataset.image_shape}"
+                )
+            if labels.shape != images.shape[:1] or not len(labels):
+                raise ValueError(f"{len(images)} images, {labels.shape} labels")
+            if (
+                not np.issubdtype(labels.dtype, np.integer)
+                or labels.min() < 0
+                or labels.max() >= dataset.classes
+            ):
+                raise ValueError(f"labels beyond 0 to {dataset.classes - 1}")
+    except (
+        OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{file}: damaged, or no {name} as train/export.py writes it "
+            f"({reason}). Delete it and export it again."
+        ) from error
+    return train, test
+
+
+def _folder(name: str) -> Callable[[str | None, bool], Splits]:
+    return functools.partial(load_folder, name)
 
 
 DATASETS = {
@@ -129,7 +227,7 @@ DATASETS = {
         batch_size=32,
     ),
     "mnist": Dataset(
-        _tfds("mnist"),
+        _folder("mnist"),
         image_shape=(28, 28, 1),
         classes=10,
         white=255.0,
@@ -139,7 +237,7 @@ DATASETS = {
         batch_size=128,
     ),
     "fashion_mnist": Dataset(
-        _tfds("fashion_mnist"),
+        _folder("fashion_mnist"),
         image_shape=(28, 28, 1),
         classes=10,
         white=255.0,
@@ -149,7 +247,7 @@ DATASETS = {
         batch_size=128,
     ),
     "cifar10": Dataset(
-        _tfds("cifar10"),
+        _folder("cifar10"),
         image_shape=(32, 32, 3),
         classes=10,
         white=None,
@@ -161,133 +259,118 @@ DATASETS = {
 }
 
 
-def prepare(
-    images: tf.Tensor,
-    dataset: Dataset,
-    input_shape: tuple[int, int, int],
-    seed: tf.Tensor | None = None,
-) -> tf.Tensor:
-    """Turns a uint8 batch into what the network sees.
+# What becomes of them.
+
+
+def preprocessing(
+    dataset: Dataset, input_shape: tuple[int, int, int]
+) -> list[keras.layers.Layer]:
+    """The layers that turn uint8 images into what a network sees.
+
+    In training they cut another window out of each image and mirror every
+    second one or so; otherwise they cut out the centre.
 
     Args:
-        images: the batch.
-        dataset: whose images they are.
-        input_shape: height, width and channels of the network's input.
-        seed: the augmentation's; without one the centre is cut out and
-            nothing is mirrored.
+        dataset: Whose images they are.
+        input_shape: Height, width and channels of the network's input.
     """
-    height, width, _ = input_shape
-    if seed is None:
-        top = (dataset.image_shape[0] - height) // 2
-        left = (dataset.image_shape[1] - width) // 2
-        images = images[:, top : top + height, left : left + width]
-    else:
-        crop_seed, mirror_seed = tf.unstack(tf.random.split(seed, 2))
-        if dataset.image_shape != input_shape:
-            images = _random_crop(images, height, width, crop_seed)
-        if dataset.mirror:
-            images = _random_mirror(images, mirror_seed)
-    images = tf.cast(images, tf.float32)
+    layers = []
+    if dataset.image_shape != input_shape:
+        layers += [
+            # RandomCrop would cut the same window out of a whole batch.
+            keras.layers.RandomTranslation(
+                *(
+                    _shift(size, seen)
+                    for size, seen in zip(
+                        dataset.image_shape[:2], input_shape[:2], strict=True
+                    )
+                ),
+                interpolation="nearest",
+                dtype="float32",
+                name="shift",
+            ),
+            keras.layers.CenterCrop(
+                *input_shape[:2], dtype="float32", name="crop"
+            ),
+        ]
+    if dataset.mirror:
+        layers.append(
+            keras.layers.RandomFlip("horizontal", dtype="float32", name="flip")
+        )
     if dataset.white is None:
-        return tf.image.per_image_standardization(images)
-    return images / dataset.white
-
-
-def _random_crop(
-    images: tf.Tensor, height: int, width: int, seed: tf.Tensor
-) -> tf.Tensor:
-    """Cuts another window out of each image."""
-    for axis, size, axis_seed in zip(
-        (1, 2), (height, width), tf.unstack(tf.random.split(seed, 2)),
-        strict=True,
-    ):  # fmt: skip
-        start = tf.random.stateless_uniform(
-            [tf.shape(images)[0], 1],
-            axis_seed,
-            maxval=images.shape[axis] - size + 1,
-            dtype=tf.int32,
-        )
-        images = tf.gather(
-            images, start + tf.range(size), axis=axis, batch_dims=1
-        )
-    return images
-
-
-def _random_mirror(images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Mirrors every second image or so, left to right."""
-    coin = tf.random.stateless_uniform([tf.shape(images)[0], 1, 1, 1], seed)
-    return tf.where(coin < 0.5, images, images[:, :, ::-1])
-
-
-def training_batches(
-    split: Split,
-    dataset: Dataset,
-    input_shape: tuple[int, int, int],
-    *,
-    batch_size: int,
-    steps_per_epoch: int,
-    seed: int,
-    first_epoch: int,
-    epochs: int,
-) -> tf.data.Dataset:
-    """The batches of the epochs `first_epoch` to `epochs - 1`, one by one."""
-    with tf.device("CPU:0"):
-        images, labels = tf.constant(split.images), tf.constant(split.labels)
-
-    def one_epoch(epoch):
-        order = tf.random.experimental.stateless_shuffle(
-            tf.range(len(split.labels)), seed=[seed, epoch]
-        )
-
-        def one_batch(step, rows):
-            step_seed = tf.random.fold_in([seed, epoch], step)
-            x = prepare(
-                tf.gather(images, rows), dataset, input_shape, step_seed
+        layers.append(
+            keras.layers.LayerNormalization(
+                axis=[1, 2, 3],
+                center=False,
+                scale=False,
+                dtype="float32",
+                name="standardize",
             )
-            return x, tf.gather(labels, rows)
-
-        return (
-            tf.data.Dataset.from_tensor_slices(order)
-            .batch(batch_size, drop_remainder=True)
-            .take(steps_per_epoch)
-            .enumerate()
-            .map(one_batch, num_parallel_calls=tf.data.AUTOTUNE)
         )
-
-    return (
-        tf.data.Dataset.range(first_epoch, epochs)
-        .flat_map(one_epoch)
-        .prefetch(tf.data.AUTOTUNE)
-    )
-
-
-def evaluation_batches(
-    split: Split,
-    dataset: Dataset,
-    input_shape: tuple[int, int, int],
-    batch_size: int,
-) -> tf.data.Dataset:
-    """All of a split, in its own order, as the network sees it."""
-
-    def one_batch(images, labels):
-        return prepare(images, dataset, input_shape), labels
-
-    with tf.device("CPU:0"):
-        batches = tf.data.Dataset.from_tensor_slices(tuple(split))
-    return (
-        batches.batch(batch_size)
-        .map(one_batch, num_parallel_calls=tf.data.AUTOTUNE)
-        .prefetch(tf.data.AUTOTUNE)
-    )
+    else:
+        layers.append(
+            keras.layers.Rescaling(
+                1 / dataset.white, dtype="float32", name="rescale"
+            )
+        )
+    return layers
 
 
-def probe_batch(
-    split: Split,
-    dataset: Dataset,
-    input_shape: tuple[int, int, int],
-    size: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The first images of a split, as the network sees them, and labels."""
-    batches = evaluation_batches(split, dataset, input_shape, size)
-    images, labels = next(iter(batches))
-    return images.numpy(), labels.numpy()
+def _shift(size: int, seen: int) -> float:
+    """The share of an image by which the window may leave the centre.
+
+    Shifts are rounded to pixels: all are equally likely up to the margin, and
+    none is beyond it, where the image would have to be made up.
+    """
+    return ((size - seen) // 2 + 0.49) / size
+
+
+class TrainingBatches(keras.utils.PyDataset):
+    """The raw batches of all epochs, one after the other.
+
+    A batch depends on nothing but its place, the seed and the number of the
+    epoch, so that a resumed run sees what an uninterrupted one would have
+    seen.
+
+    Args:
+        split: The images and labels.
+        batch_size: Images in a batch.
+        steps_per_epoch: Batches in an epoch, which leaves the rest out.
+        seed: Of the order.
+        first_epoch: The epoch of batch 0.
+        epochs: The epoch to end before.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        steps_per_epoch: int,
+        seed: int,
+        first_epoch: int,
+        epochs: int,
+    ) -> None:
+        super().__init__()
+        self.split = split
+        self.batch_size = batch_size
+        self.steps_per_epoch = steps_per_epoch
+        self.seed = seed
+        self.first_epoch = first_epoch
+        self.epochs = epochs
+        self._order = functools.lru_cache(maxsize=1)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        generator = np.random.default_rng([self.seed, epoch])
+        return generator.permutation(len(self.split.labels))
+
+    def __len__(self) -> int:
+        return (self.epochs - self.first_epoch) * self.steps_per_epoch
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        epoch, step = divmod(index, self.steps_per_epoch)
+        start = step * self.batch_size
+        rows = self._order(self.first_epoch + epoch)[
+            start : start + self.batch_size
+        ]
+        return self.split.images[rows], self.split.labels[rows]

@@ -11,31 +11,29 @@ Flags given after a flagfile win over it. The run is written to the folder
 <runs_dir>/<dataset>-<model>-<method>-s<seed>; runs.py says what is in it.
 """
 
-import startup  # noqa: F401 - before anything imports TensorFlow
+import startup  # before anything imports Keras
 
 # isort: split
+import importlib
 import math
 import platform
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import commandline
 import data
 import keras
 import models
 import runs
-import tensorflow as tf
-from absl import app
 from absl import flags
-from absl import logging
 from errors import UserError
+from strategies import STRATEGIES
 
 import keras_fa
 from keras_fa.callbacks import AlignmentMonitor
-from keras_fa.callbacks import StrictNormalization
 from keras_fa.methods import METHODS
 
-FLAGFILES = Path(__file__).resolve().parent / "flags"
 PROBE_SIZE = 256
 EVALUATION_BATCH_SIZE = 256
 
@@ -48,33 +46,6 @@ OPTIMIZERS = {
         0.05,
         0.0,
     ),
-}
-
-
-def mirrored(virtual_devices: int) -> tf.distribute.Strategy:
-    """All GPUs, or else the CPU, each with a replica of the model."""
-    kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
-    if not virtual_devices:
-        return tf.distribute.MirroredStrategy(_logical_devices(kind))
-    device = tf.config.list_physical_devices(kind)[0]
-    tf.config.set_visible_devices(device, kind)
-    part = tf.config.LogicalDeviceConfiguration(
-        memory_limit=4096 if kind == "GPU" else None
-    )
-    tf.config.set_logical_device_configuration(device, [part] * virtual_devices)
-    # Devices that share one GPU cannot use its own means of communication.
-    return tf.distribute.MirroredStrategy(
-        _logical_devices(kind), tf.distribute.ReductionToOneDevice()
-    )
-
-
-def _logical_devices(kind: str) -> list[str]:
-    return [device.name for device in tf.config.list_logical_devices(kind)]
-
-
-STRATEGIES = {
-    "none": lambda virtual_devices: tf.distribute.get_strategy(),
-    "mirrored": mirrored,
 }
 
 flags.DEFINE_enum(
@@ -158,7 +129,8 @@ flags.DEFINE_integer(
 flags.DEFINE_string(
     "data_dir",
     None,
-    "Folder of TensorFlow Datasets; its own default where not given "
+    "Folder that holds <dataset>.npz, as train/export.py writes it, or else "
+    "one of TensorFlow Datasets; the default is that of the latter "
     "($TFDS_DATA_DIR or ~/tensorflow_datasets).",
 )
 flags.DEFINE_bool(
@@ -177,7 +149,8 @@ flags.DEFINE_enum(
     "strategy",
     "none",
     list(STRATEGIES),
-    "none: one device. mirrored: all GPUs of this machine (or its CPU).",
+    "none: one device. mirrored: all GPUs of this machine (or its CPU), on "
+    "TensorFlow.",
 )
 flags.DEFINE_integer(
     "virtual_devices",
@@ -194,7 +167,10 @@ flags.DEFINE_enum(
     "Keras's dtype policy of the model.",
 )
 flags.DEFINE_bool(
-    "jit_compile", False, "Whether to compile the training step with XLA."
+    "jit_compile",
+    None,
+    "Whether to compile the training step with XLA. By default not on "
+    "TensorFlow; JAX always does.",
 )
 flags.DEFINE_integer(
     "steps_per_execution",
@@ -232,6 +208,9 @@ def settings() -> SimpleNamespace:
         strategy virtual_devices dtype_policy jit_compile steps_per_execution
         alignment_every""".split()
     chosen = SimpleNamespace(**{name: FLAGS[name].value for name in names})
+    chosen.backend = keras.backend.backend()
+    if chosen.jit_compile is None:
+        chosen.jit_compile = chosen.backend == "jax"
     dataset = data.DATASETS[chosen.dataset]
     defaults = {
         name: getattr(dataset, name)
@@ -257,7 +236,8 @@ def settings() -> SimpleNamespace:
 def check(config: SimpleNamespace) -> None:
     """Refuses settings that do not go together."""
     image_shape = data.DATASETS[config.dataset].image_shape
-    if models.NETWORKS[config.model].image_shape != image_shape:
+    network = models.NETWORKS[config.model]
+    if network.image_shape != image_shape:
         fitting = [
             name
             for name, network in models.NETWORKS.items()
@@ -273,26 +253,34 @@ def check(config: SimpleNamespace) -> None:
             f"--virtual_devices={config.virtual_devices} needs several "
             "replicas. Add --strategy=mirrored, or leave it out."
         )
-    if config.steps_per_execution > 1:
-        if config.strategy == "mirrored":
+    if config.backend == "jax":
+        if config.strategy != "none":
             raise UserError(
-                f"--steps_per_execution={config.steps_per_execution} does not "
-                "work under --strategy=mirrored in Keras. Set one of the two "
-                "back to its default."
+                f"--strategy={config.strategy} is TensorFlow's, and Keras runs "
+                "on jax. Set KERAS_BACKEND=tensorflow, or leave it out."
             )
-        if any(
-            isinstance(callback, StrictNormalization)
-            for callback in METHODS[config.method].callbacks()
-        ):
+        if not config.jit_compile:
             raise UserError(
-                f"--steps_per_execution={config.steps_per_execution} does not "
-                f"work with --method={config.method}, which normalises after "
-                "every step. Use 1, or another method."
+                "--nojit_compile: JAX always compiles. Leave it out, or set "
+                "KERAS_BACKEND=tensorflow."
             )
-    if config.jit_compile and config.strategy == "mirrored":
+        return
+    if config.strategy == "mirrored" and config.steps_per_execution > 1:
+        raise UserError(
+            f"--steps_per_execution={config.steps_per_execution} does not "
+            "work under --strategy=mirrored in Keras. Set one of the two "
+            "back to its default."
+        )
+    if config.strategy == "mirrored" and config.jit_compile:
         raise UserError(
             "--jit_compile does not work under --strategy=mirrored. Leave one "
             "of the two out."
+        )
+    if config.jit_compile and network.input_shape != network.image_shape:
+        raise UserError(
+            f"--jit_compile: TensorFlow cannot compile the random windows that "
+            f"--model={config.model} sees with XLA. Leave it out, or set "
+            "KERAS_BACKEND=jax."
         )
 
 
@@ -323,19 +311,18 @@ def train(config: SimpleNamespace) -> None:
         return
 
     # Devices and randomness.
-    strategy = STRATEGIES[config.strategy](config.virtual_devices)
-    replicas = strategy.num_replicas_in_sync
-    if config.batch_size % replicas:
+    placement = STRATEGIES[config.strategy](config.virtual_devices)
+    if config.batch_size % placement.replicas:
         raise UserError(
-            f"--batch_size={config.batch_size} cannot be shared by {replicas} "
-            f"replicas. Give a multiple of {replicas}."
+            f"--batch_size={config.batch_size} cannot be shared by "
+            f"{placement.replicas} replicas. Give a multiple of "
+            f"{placement.replicas}."
         )
     keras.utils.set_random_seed(config.seed)
     keras.config.set_dtype_policy(config.dtype_policy)
 
     # Data.
     dataset = data.DATASETS[config.dataset]
-    network = models.NETWORKS[config.model]
     splits = dataset.load(config.data_dir, config.download)
     images = len(splits.train.labels)
     steps_per_epoch = images // config.batch_size
@@ -346,28 +333,18 @@ def train(config: SimpleNamespace) -> None:
             f"{config.steps_per_execution} needs more than the {images} "
             f"training images of {config.dataset}. Give smaller ones."
         )
-    training = data.training_batches(
+    training = data.TrainingBatches(
         splits.train,
-        dataset,
-        network.input_shape,
         batch_size=config.batch_size,
         steps_per_epoch=steps_per_epoch,
         seed=config.seed,
         first_epoch=progress.epoch,
         epochs=config.epochs,
     )
-    validation, test = (
-        data.evaluation_batches(
-            split, dataset, network.input_shape, EVALUATION_BATCH_SIZE
-        )
-        for split in (splits.validation, splits.test)
-    )
 
     # Model and optimiser.
-    with strategy.scope():
-        model = keras_fa.convert(
-            network.build(network.input_shape, dataset.classes), config.method
-        )
+    with placement.scope:
+        model = build(config)
         optimizer = OPTIMIZERS[config.optimizer][0](
             learning_rate=learning_rate(config, steps_per_epoch),
             weight_decay=config.weight_decay or None,
@@ -385,14 +362,13 @@ def train(config: SimpleNamespace) -> None:
 
     # Training.
     runs.start(folder)
+    curves = startup.installed("tensorflow", "tensorboard")
     callbacks = METHODS[config.method].callbacks()
     monitor = None
     if config.alignment_every:
         monitor = AlignmentMonitor(
-            probe=data.probe_batch(
-                splits.validation, dataset, network.input_shape, PROBE_SIZE
-            ),
-            log_dir=str(folder),
+            probe=tuple(part[:PROBE_SIZE] for part in splits.validation),
+            log_dir=str(folder) if curves else None,
             every=config.alignment_every,
         )
         callbacks.append(monitor)
@@ -408,11 +384,13 @@ def train(config: SimpleNamespace) -> None:
         examples_per_epoch=steps_per_epoch * config.batch_size,
         monitor=monitor,
     )
-    callbacks += [
-        keras.callbacks.TensorBoard(str(folder), write_graph=False),
-        keras.callbacks.TerminateOnNaN(),
-        writer,
-    ]
+    if curves:
+        callbacks.append(
+            keras.callbacks.TensorBoard(str(folder), write_graph=False)
+        )
+    else:
+        print("No TensorBoard files: tensorflow or tensorboard is missing.")
+    callbacks += [keras.callbacks.TerminateOnNaN(), writer]
     print(
         f"{config.method} on {config.dataset}: {images} training, "
         f"{len(splits.validation.labels)} validation and "
@@ -421,7 +399,8 @@ def train(config: SimpleNamespace) -> None:
     )
     model.fit(
         training,
-        validation_data=validation,
+        validation_data=tuple(splits.validation),
+        validation_batch_size=EVALUATION_BATCH_SIZE,
         epochs=config.epochs,
         initial_epoch=progress.epoch,
         steps_per_epoch=steps_per_epoch,
@@ -437,7 +416,12 @@ def train(config: SimpleNamespace) -> None:
         )
 
     # Report. This is the only use of the test images.
-    metrics = model.evaluate(test, verbose=0, return_dict=True)
+    metrics = model.evaluate(
+        *splits.test,
+        batch_size=EVALUATION_BATCH_SIZE,
+        verbose=0,
+        return_dict=True,
+    )
     last = progress.rows[-1]
     result = {
         **recipe,
@@ -454,11 +438,31 @@ def train(config: SimpleNamespace) -> None:
             "python": platform.python_version(),
             "keras_fa": keras_fa.__version__,
             "keras": keras.__version__,
-            "tensorflow": tf.__version__,
+            config.backend: importlib.import_module(config.backend).__version__,
         },
     }
     runs.write_result(folder, result)
     report(folder, result)
+
+
+def build(config: SimpleNamespace) -> keras.Model:
+    """The network under the method, which takes the data set's raw images."""
+    dataset = data.DATASETS[config.dataset]
+    network = models.NETWORKS[config.model]
+    model = keras_fa.convert(
+        models.build(
+            config.model,
+            dataset.classes,
+            data.preprocessing(dataset, network.input_shape),
+        ),
+        config.method,
+    )
+    if config.backend == "jax":
+        # RandomTranslation denies it because of TensorFlow, whose XLA lacks
+        # an operation; JAX compiles all that it can run.
+        for layer in model.layers:
+            layer.supports_jit = True
+    return model
 
 
 def error(accuracy: float) -> float:
@@ -472,97 +476,22 @@ def report(folder: Path, result: dict) -> None:
         f"Test error {result['test_error']:.2f} % after {result['epochs']} "
         f"epochs (training {result['train_error']:.2f} %, validation "
         f"{result['validation_error']:.2f} %), {result['seconds']:.0f} s.\n"
-        f"Run folder: {folder}\n"
-        f"Curves: tensorboard --logdir {folder.parent}"
+        f"Run folder: {folder}"
     )
-
-
-def find_flagfiles(argv: list[str]) -> list[str]:
-    """Replaces bare flagfile names by the files of that name."""
-    found = []
-    arguments = iter(argv)
-    for argument in arguments:
-        flag, equals, name = argument.partition("=")
-        if flag not in ("-flagfile", "--flagfile"):
-            found.append(argument)
-            continue
-        if not equals:
-            name = next(arguments, "")
-        path = Path(name).expanduser()
-        if not path.is_file() and path.name == name:
-            path = FLAGFILES / name
-        if not name or not path.is_file():
-            raise UserError(
-                f"--flagfile={name}: no such file, here or in {FLAGFILES}. "
-                "There are "
-                + ", ".join(sorted(f.name for f in FLAGFILES.glob("*.flags")))
-                + "; or give the path of your own."
-            )
-        try:
-            path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as wrong:
-            raise UserError(
-                f"--flagfile={path}: cannot be read as text ({wrong}). A "
-                "flagfile has a --name=value on each line."
-            ) from wrong
-        found.append(f"--flagfile={path}")
-    return found
-
-
-def parse(argv: list[str]) -> None:
-    """Sets the flags from a command line.
-
-    Raises:
-        UserError: if the command line is not understood.
-    """
-    FLAGS.unparse_flags()
-    try:
-        rest = FLAGS(find_flagfiles(argv))[1:]
-    except flags.UnrecognizedFlagError as wrong:
-        message = str(wrong).replace(" ?", "?")
-        raise UserError(f"{message} --helpfull lists all flags.") from wrong
-    except flags.Error as wrong:
-        name = str(wrong).removeprefix("flag --").partition("=")[0]
-        about = "--helpfull tells more."
-        if name in FLAGS and not isinstance(FLAGS[name], flags.EnumFlag):
-            about = f"--{name}: {FLAGS[name].help}"
-        raise UserError(f"{str(wrong).rstrip('.')}. {about}") from wrong
-    if rest:
-        raise UserError(
-            f"{rest[0]!r} is not a flag. Settings are given as --name=value; "
-            "--helpfull lists them."
-        )
+    if startup.installed("tensorboard"):
+        print(f"Curves: tensorboard --logdir {folder.parent}")
 
 
 def run(argv: list[str]) -> int:
     """Runs the program on a command line and returns its exit status."""
-    try:
-        if keras.backend.backend() != "tensorflow":
-            raise UserError(
-                f"KERAS_BACKEND={keras.backend.backend()}: this program needs "
-                "tensorflow. Unset the variable."
-            )
-        parse(argv)
-        # After the flags, whose --verbosity would set it back.
-        logging.set_verbosity(logging.ERROR)
-    except UserError as wrong:
-        print(f"main.py: {_one_line(wrong)}", file=sys.stderr)
-        return 2
-    try:
-        train(settings())
-    except UserError as wrong:
-        print(f"main.py: {_one_line(wrong)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("main.py: interrupted. --resume continues.", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _one_line(wrong: Exception) -> str:
-    return " ".join(str(wrong).split())
+    return commandline.run(
+        argv,
+        FLAGS,
+        lambda: train(settings()),
+        __doc__,
+        "--resume continues.",
+    )
 
 
 if __name__ == "__main__":
-    app.define_help_flags()
     sys.exit(run(sys.argv))

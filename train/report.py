@@ -6,7 +6,7 @@ A row is a method, a column a data set and network; a cell is the mean of the
 test error in percent over the seeds, its standard deviation, and their number.
 """
 
-import startup  # noqa: F401 - before anything imports TensorFlow
+import startup  # noqa: F401 - before anything imports Keras
 
 # isort: split
 import json

@@ -22,16 +22,17 @@ import statistics
 import time
 import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import files
 import keras
 from errors import UserError
 
 # A run that goes on with another value of one of these is no run of that
 # value; --epochs may grow, and the rest does not change what is learned.
 FIXED_SETTINGS = (
+    "backend",
     "batch_size",
     "optimizer",
     "learning_rate",
@@ -112,10 +113,11 @@ def look(folder: Path, settings: dict[str, Any], resume: bool) -> Progress:
         ) from e
     for name in FIXED_SETTINGS:
         if saved["settings"].get(name) != settings[name]:
+            flag = "KERAS_BACKEND" if name == "backend" else f"--{name}"
             raise UserError(
                 f"{folder}: this run was started with "
-                f"--{name}={saved['settings'].get(name)}, not {settings[name]}"
-                ". Resume it with its own flags, or choose another --runs_dir."
+                f"{flag}={saved['settings'].get(name)}, not {settings[name]}. "
+                "Resume it as it was started, or choose another --runs_dir."
             )
     if progress.result is None and progress.epoch > settings["epochs"]:
         raise UserError(
@@ -158,7 +160,7 @@ def restore(folder: Path, progress: Progress, model: keras.Model) -> None:
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Writes `result.json`, which says that the run is finished."""
     text = json.dumps(result, indent=2) + "\n"
-    _replace(folder / "result.json", lambda aside: aside.write_text(text))
+    files.replace(folder / "result.json", lambda aside: aside.write_text(text))
 
 
 class RunWriter(keras.callbacks.Callback):
@@ -216,7 +218,7 @@ class RunWriter(keras.callbacks.Callback):
                 writer.writeheader()
                 writer.writerows(self.progress.rows)
 
-        _replace(self.folder / "history.csv", write)
+        files.replace(self.folder / "history.csv", write)
 
     def on_epoch_begin(self, epoch, logs=None):
         self.began = self.trained = time.perf_counter()
@@ -243,7 +245,7 @@ class RunWriter(keras.callbacks.Callback):
         self.progress.rows.append(row)
         with (self.folder / "history.csv").open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
-        _replace(self.folder / "model.keras", self._write_checkpoint)
+        files.replace(self.folder / "model.keras", self._write_checkpoint)
 
     def _write_checkpoint(self, aside: Path) -> None:
         self.model.save(aside)
@@ -263,12 +265,3 @@ def _random_state(model: keras.Model) -> list[keras.Variable]:
     """The states of the seed generators, which `.keras` files leave out."""
     weights = {id(variable) for variable in model.weights}
     return [v for v in model.variables if id(v) not in weights]
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file aside and renames it when it is safely on the disk."""
-    aside = path.with_name(f"aside.{path.name}")
-    write(aside)
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
