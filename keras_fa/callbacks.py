@@ -3,6 +3,7 @@
 import math
 import weakref
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import keras
@@ -161,6 +162,8 @@ class AlignmentMonitor(keras.callbacks.Callback):
 
     Raises:
         ValueError: If `every` is not a positive integer.
+        ImportError: If there is a `log_dir` and TensorFlow, which writes
+            TensorBoard's events on every backend, is not installed.
 
     Example:
 
@@ -195,6 +198,12 @@ class AlignmentMonitor(keras.callbacks.Callback):
             raise ValueError(
                 "`probe` must be a pair (x, y) of arrays. Received: an object "
                 f"of type {type(probe).__name__}"
+            )
+        if log_dir is not None and find_spec("tensorflow") is None:
+            raise ImportError(
+                "TensorBoard events are written by TensorFlow, which is not "
+                f"installed. Received: log_dir={log_dir}. Install tensorflow, "
+                "or leave log_dir out: the measures are in `history`."
             )
         self.probe = probe
         self.log_dir = log_dir

@@ -1,0 +1,163 @@
+"""What a training step computes: no convolution or product too many."""
+
+import re
+from collections import Counter
+
+import keras
+import numpy as np
+import pytest
+from backends import ON_TENSORFLOW
+from keras import layers
+
+from keras_fa import convert
+from keras_fa.layers.feedback import feedback_layers
+from keras_fa.methods import METHODS
+
+CONVOLUTIONS, DENSE = 2, 3
+KERNELS = CONVOLUTIONS + DENSE
+CHAINED = [name for name in METHODS if name not in ("dfa", "dense_fa")]
+
+
+def network() -> keras.Model:
+    """Two convolutions, three dense layers; sizes that XLA leaves alone."""
+    return keras.Sequential(
+        [
+            keras.Input((12, 12, 3)),
+            layers.Conv2D(8, 3, activation="relu", name="conv1"),
+            layers.Conv2D(16, 3, name="conv2"),
+            layers.BatchNormalization(name="norm"),
+            layers.ReLU(name="relu"),
+            layers.MaxPooling2D(2, name="pool"),
+            layers.Flatten(name="flatten"),
+            layers.Dense(32, activation="relu", name="fc1"),
+            layers.Dense(16, activation="relu", name="fc2"),
+            layers.Dense(10, name="fc3"),
+        ]
+    )
+
+
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    x = random.normal(size=(8, 12, 12, 3)).astype("float32")
+    return x, random.integers(0, 10, 8)
+
+
+if ON_TENSORFLOW:
+    import tensorflow as tf
+
+    def operations(model: keras.Model, train_step) -> Counter:
+        """Counts what a step runs: ops that its results or effects need."""
+        x, y = map(tf.constant, batch())
+        model(x)  # builds the optimizer's variables outside of the graph
+        model.optimizer.build(model.trainable_variables)
+        step = tf.function(lambda x, y: train_step((x, y)), autograph=False)
+        graph = step.get_concrete_function(x, y).graph
+        front = [tensor.op for tensor in graph.outputs]
+        front += graph.control_outputs
+        needed = {}
+        while front:
+            op = front.pop()
+            if op.name not in needed:
+                needed[op.name] = op.type
+                front += [tensor.op for tensor in op.inputs]
+                front += op.control_inputs
+        kinds = {
+            "Conv2D": "conv",
+            "Conv2DBackpropInput": "conv",
+            "Conv2DBackpropFilter": "conv",
+            "MatMul": "matmul",
+        }
+        calls = {"PartitionedCall", "StatefulPartitionedCall", "While", "If"}
+        assert calls.isdisjoint(needed.values()), "ops hidden in functions"
+        return Counter(kinds[t] for t in needed.values() if t in kinds)
+
+else:
+    import jax
+
+    def operations(model: keras.Model, train_step) -> Counter:
+        """Counts what a step runs, after the compiler has cleaned up."""
+        x, y = batch()
+        model.optimizer.build(model.trainable_variables)
+        state = tuple(
+            [variable.value for variable in variables]
+            for variables in (
+                model.trainable_variables,
+                model.non_trainable_variables,
+                model.optimizer.variables,
+                model.metrics_variables,
+            )
+        )
+        compiled = jax.jit(train_step).lower(state, (x, y)).compile()
+        found = re.findall(r" (convolution|dot)\(", compiled.as_text())
+        names = {"convolution": "conv", "dot": "matmul"}
+        return Counter(names[name] for name in found)
+
+
+def counted(model: keras.Model, method: str | None = None) -> Counter:
+    """The ops of the step that `fit` compiles for a method."""
+    model.compile(
+        keras.optimizers.SGD(0.1, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    captured = []
+
+    class Model(type(model)):
+        """Shows the step that is made into the train function."""
+
+        def make_train_function(self, force=False):
+            captured[:] = [self.train_step]
+            super().make_train_function(force)
+
+    model.__class__ = Model
+    model.make_train_function()
+    for callback in [] if method is None else METHODS[method].callbacks():
+        callback.set_model(model)
+        callback.on_train_begin()
+    return operations(model, captured[0])
+
+
+# Forward and dW for each kernel, dx for each but the lowest, whose input is
+# the data.
+BACKPROPAGATION = Counter(
+    conv=2 * CONVOLUTIONS + CONVOLUTIONS - 1, matmul=3 * DENSE
+)
+
+
+def test_stock_model_needs_what_backpropagation_needs():
+    assert counted(network()) == BACKPROPAGATION
+
+
+@pytest.mark.parametrize("method", CHAINED)
+def test_chained_feedback_needs_no_more_than_backpropagation(method):
+    assert counted(convert(network(), method), method) == BACKPROPAGATION
+
+
+def test_dfa_has_no_chained_input_gradients():
+    # Each hidden layer's error is one product with e.
+    wanted = Counter(conv=2 * CONVOLUTIONS, matmul=2 * DENSE + KERNELS - 1)
+    assert counted(convert(network(), "dfa"), "dfa") == wanted
+
+
+def test_dense_fa_adds_a_product_for_each_pair_of_layers():
+    # From each kernel layer to all that are further down than the next.
+    pairs = (KERNELS - 1) * (KERNELS - 2) // 2
+    wanted = BACKPROPAGATION + Counter(matmul=pairs)
+    assert counted(convert(network(), "dense_fa"), "dense_fa") == wanted
+
+
+@pytest.mark.parametrize(
+    "method", ["fa_usf_sn", "bp_const", "fa_usf_const", "fa_usf_const_ei"]
+)
+def test_sn_and_const_store_no_second_kernel(method):
+    model = convert(network(), method)
+    weights = sum(np.prod(w.shape) for w in network().weights)
+    stored = sum(np.prod(w.shape) for w in model.weights) - weights
+    scalars = 0 if method == "bp_const" else KERNELS
+    assert stored == scalars
+    for layer in feedback_layers(model):
+        memory = layer.feedback_paths[0].memory
+        for name, variable in memory.items():
+            if name == "signs":  # a byte a weight, fixed E/I alone has them
+                assert variable.dtype == "int8"
+            else:
+                assert variable.shape == ()
