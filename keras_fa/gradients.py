@@ -11,6 +11,7 @@ backend is one module that implements these names; `gradients_tensorflow` says
 what each of them does:
 
 - `feedback_op`: an operation that computes with W and sends errors through B;
+- `is_sparse`: whether an input is of the backend's sparse kind;
 - `send_error`: the identity, whose error also goes to other tensors (DFA);
 - `gradients_of`: the gradients of a loss with respect to variables;
 - `compiled`: a function compiled for the backend;
@@ -31,6 +32,7 @@ if keras.backend.backend() == "tensorflow":
     from keras_fa.gradients_tensorflow import feedback_op
     from keras_fa.gradients_tensorflow import followed_by
     from keras_fa.gradients_tensorflow import gradients_of
+    from keras_fa.gradients_tensorflow import is_sparse
     from keras_fa.gradients_tensorflow import recall
     from keras_fa.gradients_tensorflow import remember
     from keras_fa.gradients_tensorflow import send_error
@@ -40,6 +42,7 @@ elif keras.backend.backend() == "jax":
     from keras_fa.gradients_jax import feedback_op
     from keras_fa.gradients_jax import followed_by
     from keras_fa.gradients_jax import gradients_of
+    from keras_fa.gradients_jax import is_sparse
     from keras_fa.gradients_jax import recall
     from keras_fa.gradients_jax import remember
     from keras_fa.gradients_jax import send_error
@@ -59,6 +62,7 @@ __all__ = [
     "followed_by",
     "gradients_of",
     "in_backpropagation",
+    "is_sparse",
     "isolated",
     "recall",
     "remember",

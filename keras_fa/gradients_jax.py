@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.experimental.sparse
 import keras
 
 
@@ -52,6 +53,11 @@ def feedback_op(
 
     feedback.defvjp(record, send)
     return feedback(inputs, list(kernels), list(feedback_kernels), list(biases))
+
+
+def is_sparse(inputs: Any) -> bool:
+    """Whether this is a sparse tensor of the backend."""
+    return isinstance(inputs, jax.experimental.sparse.JAXSparse)
 
 
 def send_error(

@@ -34,12 +34,6 @@ def feedback_op(
     Returns:
         The tensor `op(x, W)`.
     """
-    if isinstance(inputs, tf.SparseTensor):
-        raise ValueError(
-            "FA layers take dense inputs: an error has no sparse form. "
-            f"Received: a SparseTensor of shape {inputs.shape}. Make it dense "
-            "first, with `tf.sparse.to_dense` or `keras.Input(sparse=False)`."
-        )
     n = len(kernels)
 
     # Captured, since it receives no gradient; all else is an argument.
@@ -77,6 +71,11 @@ def feedback_op(
         return y, gradient
 
     return feedback(*_tensors([inputs, *kernels, *biases]))
+
+
+def is_sparse(inputs: Any) -> bool:
+    """Whether this is a sparse tensor of the backend."""
+    return isinstance(inputs, tf.SparseTensor)
 
 
 def _record(

@@ -381,6 +381,12 @@ class FeedbackLayer:
         )
         if exact:
             return super().call(inputs)
+        if gradients.is_sparse(inputs):
+            raise ValueError(
+                "FA layers take dense inputs: an error has no sparse form. "
+                f"Received: a {type(inputs).__name__} of shape {inputs.shape}. "
+                "Make it dense first, or use `keras.Input(sparse=False)`."
+            )
         # Read once: B is made of the very W that the output is computed with.
         kernels = [ops.copy(path.kernel) for path in self.feedback_paths]
         feedback = [
