@@ -12,7 +12,8 @@ TRAIN = [
     "tensorboard>=2.21",  # tensorflow 2.21 no longer brings it
     "tensorflow-datasets>=4.9.10",
 ]
-TEST = [*TRAIN, "pytest>=8", "pytest-xdist>=3.8", "ruff>=0.14"]
+JAX = ["jax>=0.10"]
+TEST = [*TRAIN, *JAX, "pytest>=8", "pytest-xdist>=3.8", "ruff>=0.14"]
 
 setup(
     name="keras_fa",
@@ -24,5 +25,5 @@ setup(
     packages=find_packages(include=["keras_fa", "keras_fa.*"]),
     python_requires=">=3.11",
     install_requires=["keras>=3.15", "numpy", "tensorflow>=2.21"],
-    extras_require={"train": TRAIN, "test": TEST},
+    extras_require={"jax": JAX, "train": TRAIN, "test": TEST},
 )
