@@ -1,6 +1,7 @@
 """The program in train/, run as a user runs it."""
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -10,7 +11,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+import commandline
 import data
+import export
 import keras
 import main
 import models
@@ -18,15 +21,22 @@ import numpy as np
 import pytest
 import report
 import runs
-import tensorflow as tf
-from tensorboard.backend.event_processing.event_accumulator import (
-    EventAccumulator,
-)
+import startup
+from backends import ON_TENSORFLOW
+from backends import array
+from backends import requires_tensorflow
 
-import keras_fa  # noqa: F401 - registers what saved models are made of
+import keras_fa
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = {"seconds", "examples_per_second"}
+BACKEND = keras.backend.backend()
+
+requires_tfds = pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is None
+    or importlib.util.find_spec("tensorflow_datasets") is None,
+    reason="TensorFlow Datasets is not installed",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +66,21 @@ def in_new_process(*command, cwd=ROOT):
         capture_output=True,
         text=True,
         timeout=300,
+    )
+
+
+def settings(*arguments):
+    commandline.parse(main.FLAGS, ["main.py", *arguments])
+    return main.settings()
+
+
+def without(monkeypatch, *missing):
+    """Makes packages seem not to be installed."""
+    installed = startup.installed
+    monkeypatch.setattr(
+        startup,
+        "installed",
+        lambda *names: not set(names) & set(missing) and installed(*names),
     )
 
 
@@ -123,10 +148,8 @@ def test_main_job(tmp_path):
         folder / "model.keras",
         cwd=tmp_path,
     )
-    assert loaded.stdout.split() in (
-        ["Sequential", "digits", "False"],
-        ["Functional", "digits", "False"],
-    ), loaded.stderr
+    expected = ["Functional", "digits", "False"]
+    assert loaded.stdout.split() == expected, loaded.stderr
 
 
 def test_run_folder(train, tmp_path):
@@ -151,6 +174,10 @@ def test_run_folder(train, tmp_path):
         "parameters": 151306,
     }
     assert {name: result[name] for name in expected} == expected
+    assert result["backend"] == BACKEND
+    assert result["versions"].keys() == {
+        "python", "keras_fa", "keras", BACKEND
+    }  # fmt: skip
     assert result["versions"]["keras"] == keras.__version__
     assert result["examples_per_second"] > 0
 
@@ -167,30 +194,30 @@ def test_run_folder(train, tmp_path):
         for layer in ("conv1", "conv2", "fc1"):
             assert bool(row[f"alignment/angle/{layer}"]) == measured
 
-    # The test error is that of the saved model on the test images.
+    # The test error is that of the saved model on the raw test images.
     dataset = data.DATASETS["digits"]
     splits = dataset.load(None, False)
     model = keras.saving.load_model(folder / "model.keras")
-    assert type(model) in (keras.Sequential, keras.Model) or isinstance(
-        model, keras.src.models.functional.Functional
-    )
-    wrong = (
-        model.predict(splits.test.images / 16.0, verbose=0).argmax(-1)
-        != splits.test.labels
-    )
+    assert type(model).__name__ == "Functional"
+    answers = model.predict(splits.test.images, verbose=0).argmax(-1)
+    wrong = answers != splits.test.labels
     assert result["test_error"] == pytest.approx(100 * wrong.mean(), abs=1e-3)
 
 
 def test_tensorboard(train, tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
     assert train("--epochs=2", "--alignment_every=1")[0] == 0
     folder = tmp_path / "runs" / "digits-digits-fa_usf_sn-s0"
     rows = history(folder)
 
     def curve(subrun, tag):
-        events = EventAccumulator(str(folder / subrun)).Reload()
+        curves = events.EventAccumulator(str(folder / subrun)).Reload()
         return [
             (event.step, float(tf.make_ndarray(event.tensor_proto)))
-            for event in events.Tensors(tag)
+            for event in curves.Tensors(tag)
         ]
 
     for subrun, tag, column in [
@@ -205,6 +232,19 @@ def test_tensorboard(train, tmp_path):
             [float(row[column]) for row in rows],
             rtol=1e-6,
         )
+
+
+def test_without_tensorboard(train, tmp_path, monkeypatch):
+    without(monkeypatch, "tensorboard")
+    status, output, errors = train("--epochs=1", "--alignment_every=1")
+    assert (status, errors) == (0, "")
+    assert output.count("TensorBoard") == 1
+    assert "Curves" not in output
+    folder = tmp_path / "runs" / "digits-digits-fa_usf_sn-s0"
+    assert {file.name for file in folder.iterdir()} == {
+        "history.csv", "model.keras", "result.json"
+    }  # fmt: skip
+    assert 0 < float(history(folder)[0]["alignment/angle/conv1"]) < 90
 
 
 def test_same_seed_same_result_in_another_process(train, tmp_path):
@@ -237,13 +277,17 @@ def test_same_seed_same_result_in_another_process(train, tmp_path):
 def test_resumed_run_equals_uninterrupted_one(
     method, arguments, train, tmp_path, monkeypatch
 ):
-    def with_dropout(input_shape, classes):
-        layers = models.digits(input_shape, classes).layers
-        layers.insert(-1, keras.layers.Dropout(0.3, name="dropout"))
-        return keras.Sequential([keras.Input(input_shape), *layers])
+    # All layers that draw random numbers: windows, mirroring and dropout.
+    def with_dropout(x, classes):
+        return models.digits(keras.layers.Dropout(0.3)(x), classes)
 
-    network = models.NETWORKS["digits"]._replace(build=with_dropout)
-    monkeypatch.setitem(models.NETWORKS, "digits", network)
+    monkeypatch.setitem(
+        models.NETWORKS,
+        "digits",
+        models.Network(with_dropout, (8, 8, 1), (6, 6, 1)),
+    )
+    dataset = data.DATASETS["digits"]._replace(mirror=True)
+    monkeypatch.setitem(data.DATASETS, "digits", dataset)
     arguments = [
         f"--method={method}",
         "--epochs=3",
@@ -325,7 +369,7 @@ def test_damaged_checkpoint(damage, train, tmp_path, monkeypatch):
     elif damage == "emptied":
         checkpoint.write_bytes(b"")
     else:
-        models.digits((8, 8, 1), 10).save(checkpoint)
+        models.build("digits", 10).save(checkpoint)
     status, _, errors = train("--method=bp", "--epochs=2", "--resume")
     assert status == 1
     assert len(errors.splitlines()) == 1
@@ -372,17 +416,15 @@ def test_flags_after_a_flagfile_win(train, tmp_path, monkeypatch):
         ["--flagfile", "own.flags"],
         [f"-flagfile={tmp_path / 'own.flags'}"],
     ):
-        main.parse(["main.py", *flagfile, "--epochs=2"])
-        config = main.settings()
+        config = settings(*flagfile, "--epochs=2")
         assert (config.method, config.seed, config.epochs) == ("bp", 5, 2)
 
 
 @pytest.mark.parametrize(
-    "flagfile", sorted(f.name for f in main.FLAGFILES.glob("*.flags"))
+    "flagfile", sorted(f.name for f in commandline.FLAGFILES.glob("*.flags"))
 )
 def test_flagfiles(flagfile):
-    main.parse(["main.py", f"--flagfile={flagfile}"])
-    config = main.settings()
+    config = settings(f"--flagfile={flagfile}")
     main.check(config)
     stem = flagfile.removesuffix(".flags")
     assert f"{config.dataset}_{config.method.split('_')[-1]}".startswith(
@@ -391,28 +433,39 @@ def test_flagfiles(flagfile):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "argument",
     [
-        ["--steps_per_execution=4"],
-        ["--dtype_policy=mixed_bfloat16"],
-        ["--jit_compile"],
+        "--dtype_policy=mixed_bfloat16",
+        pytest.param("--jit_compile", marks=requires_tensorflow),
     ],
 )
-def test_ways_to_run(arguments, train, tmp_path):
+def test_ways_to_compute(argument, train, tmp_path):
     common = ["--method=bp", "--epochs=1", "--batch_size=128"]
     assert train(*common, runs_dir=tmp_path / "a")[0] == 0
-    assert train(*common, *arguments, runs_dir=tmp_path / "b")[0] == 0
-    row, other = (
-        history(tmp_path / x / "digits-digits-bp-s0")[0] for x in ("a", "b")
+    assert train(*common, argument, runs_dir=tmp_path / "b")[0] == 0
+    (rows, weights), (other_rows, others) = (
+        learned(tmp_path / x / "digits-digits-bp-s0") for x in ("a", "b")
     )
-    # 10 steps are rounded down to 8 by --steps_per_execution=4.
-    tolerance = 0.2 if arguments[0].startswith("--steps") else 0.02
-    assert row["loss"] != other["loss"]
-    assert float(row["loss"]) == pytest.approx(
-        float(other["loss"]), rel=tolerance
+    assert float(rows[0]["loss"]) == pytest.approx(
+        float(other_rows[0]["loss"]), rel=0.02
     )
+    assert any((a != b).any() for a, b in zip(weights, others))
 
 
+def test_steps_per_execution_change_nothing(train, tmp_path):
+    """Strict normalization included, which is part of every step."""
+    common = ["--epochs=2", "--batch_size=128", "--optimizer=sgd"]
+    name = "digits-digits-fa_usf_sn-s0"
+    assert train(*common, runs_dir=tmp_path / "a")[0] == 0
+    five = "--steps_per_execution=5"
+    assert train(*common, five, runs_dir=tmp_path / "b")[0] == 0
+    _, weights = learned(tmp_path / "a" / name)
+    _, others = learned(tmp_path / "b" / name)
+    for weight, other in zip(weights, others):
+        np.testing.assert_allclose(weight, other, atol=1e-5)
+
+
+@requires_tensorflow
 def test_mirrored_replicas_equal_one_device(train, tmp_path):
     arguments = ["--epochs=2", "--batch_size=128", "--alignment_every=1"]
     name = "digits-digits-fa_usf_sn-s0"
@@ -467,9 +520,6 @@ BAD_INPUT = [
     ("--seed=4294967296", "0 to 2147483647"),
     ("--alignment_every=-1", "at least 0"),
     ("--steps_per_execution=0", "at least 1"),
-    ("--steps_per_execution=2", "fa_usf_sn"),
-    ("--steps_per_execution=2 --method=bp --strategy=mirrored", "mirrored"),
-    ("--jit_compile --strategy=mirrored", "mirrored"),
     ("--virtual_devices=2", "--strategy=mirrored"),
     ("--virtual_devices=-1 --strategy=mirrored", "at least 0"),
     ("--resume=perhaps", "resume"),
@@ -479,9 +529,9 @@ BAD_INPUT = [
     ("--seed=1 extra --seed=2", "extra"),
     ("--model=mnist", "--model=digits"),
     ("--dataset=mnist --model=cifar10_1", "--model=mnist"),
-    ("--dataset=mnist --data_dir={missing}", "--download"),
-    ("--dataset=mnist --data_dir={here}", "--download"),
-    ("--dataset=cifar10 --data_dir={file}", "--download"),
+    ("--dataset=mnist --data_dir={missing}", "train/export.py"),
+    ("--dataset=mnist --data_dir={here}", "train/export.py"),
+    ("--dataset=cifar10 --data_dir={file}", "train/export.py"),
     ("--flagfile=missing.flags", "digits_usf.flags"),
     ("--flagfile={missing}/a.flags", "digits_usf.flags"),
     ("--flagfile={here}", "digits_usf.flags"),
@@ -494,6 +544,17 @@ BAD_INPUT = [
     ("--runs_dir={file}/below", "--runs_dir"),
     ("--runs_dir=/proc/none", "--runs_dir"),
 ]
+if ON_TENSORFLOW:
+    BAD_INPUT += [
+        ("--steps_per_execution=2 --strategy=mirrored", "mirrored"),
+        ("--jit_compile --strategy=mirrored", "mirrored"),
+        ("--jit_compile --dataset=cifar10", "KERAS_BACKEND=jax"),
+    ]
+else:
+    BAD_INPUT += [
+        ("--strategy=mirrored", "KERAS_BACKEND=tensorflow"),
+        ("--nojit_compile", "KERAS_BACKEND=tensorflow"),
+    ]
 
 
 @pytest.mark.parametrize(("arguments", "says"), BAD_INPUT)
@@ -516,6 +577,7 @@ def test_bad_input(arguments, says, train, tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
+@requires_tensorflow
 def test_batch_that_replicas_cannot_share(tmp_path):
     done = in_new_process(
         "train/main.py",
@@ -529,9 +591,37 @@ def test_batch_that_replicas_cannot_share(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("backend", ["numpy", "nonsense"])
+@pytest.mark.parametrize("program", ["main.py", "report.py"])
+def test_other_backends(backend, program, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", backend)
+    done = in_new_process(f"train/{program}")
+    assert done.returncode == 1
+    assert re.fullmatch(
+        rf"{re.escape(program)}: .*{backend}.* tensorflow and jax.*\n",
+        done.stderr,
+    )
+
+
+def test_run_of_another_backend(train, tmp_path, monkeypatch):
+    assert train("--method=bp", "--epochs=1")[0] == 0
+    resumed = settings("--method=bp", "--epochs=2", "--resume")
+    resumed.backend = "other"
+    resumed.runs_dir = tmp_path / "runs"
+    with pytest.raises(data.UserError, match=f"KERAS_BACKEND={BACKEND}, not"):
+        main.train(resumed)
+
+
+def test_help(train):
+    status, output, errors = train("--helpfull")
+    assert (status, errors) == (0, "")
+    assert main.__doc__ in output
+    assert "--alignment_every" in output
+
+
 def test_every_flag_is_explained():
     explained = main.FLAGS.get_help()
-    for name in vars(main.settings()):
+    for name in vars(main.settings()).keys() - {"backend"}:
         assert len(main.FLAGS[name].help) > 20, name
         assert f"--{name}" in explained or f"--[no]{name}" in explained
 
@@ -563,25 +653,24 @@ def numbered(n=20, shape=(32, 32, 3)):
 
 
 def batches(split, seed=0, first_epoch=0, epochs=3):
-    return [
-        (images.numpy(), labels.numpy())
-        for images, labels in data.training_batches(
-            split,
-            data.DATASETS["cifar10"],
-            (24, 24, 3),
-            batch_size=6,
-            steps_per_epoch=3,
-            seed=seed,
-            first_epoch=first_epoch,
-            epochs=epochs,
-        )
-    ]
+    training = data.TrainingBatches(
+        split,
+        batch_size=6,
+        steps_per_epoch=3,
+        seed=seed,
+        first_epoch=first_epoch,
+        epochs=epochs,
+    )
+    return [training[i] for i in range(len(training))]
 
 
 def test_order_depends_on_seed_and_epoch_alone():
     split = numbered()
     whole = batches(split)
     assert len(whole) == 9
+    for images, labels in whole:
+        assert images.dtype == np.uint8
+        np.testing.assert_array_equal(images, split.images[labels])
     epochs = [
         np.concatenate([labels for _, labels in whole[i : i + 3]])
         for i in (0, 3, 6)
@@ -592,64 +681,213 @@ def test_order_depends_on_seed_and_epoch_alone():
 
     late = batches(split, first_epoch=2)
     assert len(late) == 3
-    for (images, labels), (other_images, other_labels) in zip(whole[6:], late):
-        np.testing.assert_array_equal(images, other_images)
+    for (_, labels), (_, other_labels) in zip(whole[6:], late):
         np.testing.assert_array_equal(labels, other_labels)
 
     other_seed = np.concatenate([y for _, y in batches(split, seed=1)[:3]])
     assert not np.array_equal(other_seed, epochs[0])
 
 
+def test_fit_sees_each_batch_once_in_order():
+    """Whatever Keras fetches ahead, and with several steps an execution."""
+
+    class Seen(keras.layers.Layer):
+        """Adds up 0.5^t x over the steps t."""
+
+        def build(self, shape):
+            self.total = self.add_weight(trainable=False, initializer="zeros")
+            self.scale = self.add_weight(trainable=False, initializer="ones")
+
+        def call(self, x, training=False):
+            if training:
+                first = keras.ops.cast(x[0, 0], "float32")
+                self.total.assign_add(self.scale * first)
+                self.scale.assign(0.5 * self.scale)
+            return keras.ops.cast(x, "float32")
+
+    split = data.Split(np.arange(20, dtype=np.uint8)[:, None], np.zeros(20))
+    inputs = keras.Input((1,), dtype="uint8")
+    seen = Seen()
+    model = keras.Model(inputs, keras.layers.Dense(1)(seen(inputs)))
+    model.compile("sgd", "mse", steps_per_execution=3, jit_compile=True)
+    model.fit(
+        data.TrainingBatches(
+            split,
+            batch_size=6,
+            steps_per_epoch=3,
+            seed=5,
+            first_epoch=1,
+            epochs=4,
+        ),
+        initial_epoch=1,
+        epochs=4,
+        steps_per_epoch=3,
+        shuffle=False,
+        verbose=0,
+    )
+    firsts = [x[0, 0] for x, _ in batches(split, 5, first_epoch=1, epochs=4)]
+    expected = sum(float(x) * 0.5**t for t, x in enumerate(firsts))
+    assert float(array(seen.total)) == pytest.approx(expected, rel=1e-6)
+
+
+def seen(layers, images, training):
+    x = keras.ops.convert_to_tensor(images)
+    for layer in layers:
+        x = layer(x, training=training)
+    return array(x)
+
+
 def test_augmentation_is_a_window_perhaps_mirrored():
-    dataset = data.DATASETS["cifar10"]._replace(white=1.0)
-    split = numbered()
-    seen = set()
-    for step in range(3):
-        crops = data.prepare(
-            tf.constant(split.images),
-            dataset,
-            (24, 24, 3),
-            tf.constant([0, step]),
-        ).numpy()
-        for image, crop in zip(split.images, crops):
-            windows = {
+    *layers, standardize = data.preprocessing(
+        data.DATASETS["cifar10"], (24, 24, 3)
+    )
+    split = numbered(200)
+    # The pixels at which the windows may begin tell where they do.
+    corners = split.images[:, :9, :9]
+    mirrored_corners = split.images[:, :9, 23:32]
+    found = {}
+    for _ in range(5):
+        crops = seen(layers, split.images, training=True)
+        assert crops.shape == (200, 24, 24, 3)
+        for i, crop in enumerate(crops):
+            windows = [
                 (top, left, mirrored)
-                for top in range(9)
-                for left in range(9)
-                for mirrored, window in enumerate(
-                    (crop, crop[:, ::-1]),
+                for mirrored, (places, window) in enumerate(
+                    [(corners, crop), (mirrored_corners, crop[:, ::-1])]
+                )
+                for top, left in np.argwhere(
+                    (split.images[i, :9, :9] == window[0, 0]).all(-1)
                 )
                 if np.array_equal(
-                    image[top : top + 24, left : left + 24], window
+                    split.images[i, top : top + 24, left : left + 24], window
                 )
-            }
+            ]
             assert len(windows) == 1
-            seen |= windows
-    for values in zip(*seen):
-        assert len(set(values)) >= 2
-    assert {mirrored for _, _, mirrored in seen} == {0, 1}
-    assert len(seen) > 30
+            found[windows[0]] = found.get(windows[0], 0) + 1
+    # 1000 draws from 9 x 9 places and 2 sides.
+    places = {}
+    for (top, left, _), count in found.items():
+        places[top, left] = places.get((top, left), 0) + count
+    assert len(places) == 81
+    for axis in (0, 1):
+        for i in range(9):
+            count = sum(n for place, n in places.items() if place[axis] == i)
+            assert 70 < count < 155  # 111 expected, 10 the standard deviation
+    mirrored = sum(n for window, n in found.items() if window[2])
+    assert 430 < mirrored < 570
+
+    values = seen([standardize], crops, training=True)
+    np.testing.assert_allclose(values.mean((1, 2, 3)), 0, atol=1e-4)
+    np.testing.assert_allclose(values.std((1, 2, 3)), 1, atol=1e-4)
 
 
-def test_evaluation_sees_the_centre_once_each():
+def test_evaluation_sees_the_centre():
+    layers = data.preprocessing(data.DATASETS["cifar10"], (24, 24, 3))
     split = numbered()
-    prepared = list(
-        data.evaluation_batches(
-            split, data.DATASETS["cifar10"], (24, 24, 3), batch_size=8
-        )
-    )
-    labels = np.concatenate([labels for _, labels in prepared])
-    np.testing.assert_array_equal(labels, split.labels)
-    image = prepared[0][0][0].numpy()
-    assert image.shape == (24, 24, 3)
-    centre = split.images[0, 4:28, 4:28].astype(float)
+    centres = split.images[:, 4:28, 4:28].astype(float)
+    means = centres.mean((1, 2, 3), keepdims=True)
+    deviations = centres.std((1, 2, 3), keepdims=True)
     np.testing.assert_allclose(
-        image, (centre - centre.mean()) / centre.std(), atol=1e-4
+        seen(layers, split.images, training=False),
+        (centres - means) / deviations,
+        atol=1e-4,
     )
 
 
-def test_tensorflow_datasets(train, tmp_path, capfd):
-    """A run on a data set in the format that TFDS downloads to."""
+def test_whole_images_are_only_scaled():
+    layers = data.preprocessing(data.DATASETS["mnist"], (28, 28, 1))
+    split = numbered(shape=(28, 28, 1))
+    for training in (False, True):
+        np.testing.assert_allclose(
+            seen(layers, split.images, training), split.images / 255, rtol=1e-6
+        )
+
+
+def mnist_file(folder, **changes):
+    """A small data set as train/export.py writes it."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "train_images": rng.integers(0, 256, (200, 28, 28, 1), np.uint8),
+        "train_labels": np.arange(200) % 10,
+        "test_images": rng.integers(0, 256, (40, 28, 28, 1), np.uint8),
+        "test_labels": np.arange(40) % 10,
+    } | changes
+    np.savez_compressed(
+        folder / "mnist.npz",
+        **{name: a for name, a in arrays.items() if a is not None},
+    )
+    return arrays
+
+
+def test_file_of_arrays(train, tmp_path, monkeypatch):
+    arrays = mnist_file(tmp_path)
+    without(monkeypatch, "tensorflow_datasets")
+    splits = data.DATASETS["mnist"].load(str(tmp_path), False)
+    np.testing.assert_array_equal(
+        np.concatenate([splits.train.images, splits.validation.images]),
+        arrays["train_images"],
+    )
+    assert len(splits.validation.labels) == 20
+    np.testing.assert_array_equal(splits.test.labels, arrays["test_labels"])
+
+    status, _, errors = train(
+        "--dataset=mnist",
+        "--epochs=1",
+        "--batch_size=90",
+        f"--data_dir={tmp_path}",
+    )
+    assert (status, errors) == (0, "")
+    folder = tmp_path / "runs" / "mnist-mnist-fa_usf_sn-s0"
+    assert json.loads((folder / "result.json").read_text())["test_error"] > 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"test_labels": None}, "test_labels"),
+        ({"train_images": np.zeros((200, 28, 28), np.uint8)}, "(28, 28, 1)"),
+        ({"train_images": np.zeros((200, 28, 28, 1))}, "float64"),
+        ({"train_labels": np.arange(200)}, "0 to 9"),
+        ({"train_labels": np.zeros(199, int)}, "199"),
+        ({"train_labels": np.zeros(200)}, "0 to 9"),
+        ({"test_labels": np.array([None] * 40)}, "damaged"),
+        ("cut", "damaged"),
+        ("emptied", "damaged"),
+        ("flipped", "damaged"),
+    ],
+)
+def test_damaged_file_of_arrays(changes, says, train, tmp_path):
+    mnist_file(tmp_path, **changes if isinstance(changes, dict) else {})
+    file = tmp_path / "mnist.npz"
+    content = bytearray(file.read_bytes())
+    if changes == "cut":
+        content = content[: len(content) // 2]
+    elif changes == "emptied":
+        content = b""
+    elif changes == "flipped":
+        content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    status, _, errors = train("--dataset=mnist", f"--data_dir={tmp_path}")
+    assert status == 1
+    assert len(errors.splitlines()) == 1
+    assert str(file) in errors
+    assert says in errors
+    assert "export" in errors
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_tensorflow_datasets(train, tmp_path, monkeypatch):
+    without(monkeypatch, "tensorflow_datasets")
+    status, _, errors = train("--dataset=cifar10", f"--data_dir={tmp_path}")
+    assert status == 1
+    assert len(errors.splitlines()) == 1
+    assert "cifar10.npz" in errors
+    assert "train/export.py --dataset=cifar10" in errors
+
+
+@pytest.fixture
+def tfds_folder(tmp_path, capfd):
+    """MNIST in the format that TFDS downloads to, but small."""
     import tensorflow_datasets as tfds
 
     with tfds.core.registered.skip_registration():
@@ -685,24 +923,100 @@ def test_tensorflow_datasets(train, tmp_path, capfd):
 
     Mnist(data_dir=tmp_path / "tfds").download_and_prepare()
     capfd.readouterr()  # its progress bars
-    splits = data.DATASETS["mnist"].load(str(tmp_path / "tfds"), False)
+    return tmp_path / "tfds"
+
+
+@requires_tfds
+def test_tensorflow_datasets(train, tmp_path, tfds_folder):
+    splits = data.DATASETS["mnist"].load(str(tfds_folder), False)
     assert [len(split.labels) for split in splits] == [180, 20, 40]
     assert splits.train.images.dtype == np.uint8
 
     arguments = ["--dataset=mnist", "--epochs=1", "--batch_size=60"]
-    status, _, errors = train(*arguments, f"--data_dir={tmp_path / 'tfds'}")
+    status, _, errors = train(*arguments, f"--data_dir={tfds_folder}")
     assert (status, errors) == (0, "")
     folder = tmp_path / "runs" / "mnist-mnist-fa_usf_sn-s0"
     assert json.loads((folder / "result.json").read_text())["test_error"] > 50
 
-    records = next((tmp_path / "tfds").rglob("*-train.tfrecord*"))
+    records = next(tfds_folder.rglob("*-train.tfrecord*"))
     records.write_bytes(records.read_bytes()[:-1000])
     status, _, errors = train(
-        *arguments, "--seed=1", f"--data_dir={tmp_path / 'tfds'}"
+        *arguments, "--seed=1", f"--data_dir={tfds_folder}"
     )
     assert status == 1
     assert len(errors.splitlines()) == 1
     assert "could not be read" in errors
+
+
+# The export.
+
+
+@requires_tfds
+def test_export(tmp_path, tfds_folder, capfd):
+    arguments = ["export.py", "--dataset=mnist", f"--data_dir={tfds_folder}"]
+    folder = tmp_path / "new" / "arrays"
+    assert export.run([*arguments, f"--to={folder}"]) == 0
+    output, errors = capfd.readouterr()
+    file = folder / "mnist.npz"
+    megabytes = file.stat().st_size / 1e6
+    assert output == (
+        f"{file}: 200 training and 40 test images, {megabytes:.1f} MB\n"
+    )
+    assert errors == ""
+    assert list(folder.iterdir()) == [file]
+
+    dataset = data.DATASETS["mnist"]
+    for split, other in zip(
+        dataset.load(str(folder), False), dataset.load(str(tfds_folder), False)
+    ):
+        np.testing.assert_array_equal(split.images, other.images)
+        np.testing.assert_array_equal(split.labels, other.labels)
+
+    before = file.read_bytes()
+    assert export.run([*arguments, f"--to={folder}"]) == 1
+    assert re.fullmatch(
+        r"export\.py: .*exists already.*\n", capfd.readouterr().err
+    )
+    assert file.read_bytes() == before
+
+
+@requires_tfds
+def test_export_that_fails_leaves_nothing(
+    tmp_path, tfds_folder, capfd, monkeypatch
+):
+    def full(file, **arrays):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    folder = tmp_path / "arrays"
+    status = export.run(
+        ["export.py", "--dataset=mnist", f"--data_dir={tfds_folder}",
+         f"--to={folder}"]
+    )  # fmt: skip
+    assert status == 1
+    assert "No space left" in capfd.readouterr().err
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--to={here}", "--dataset=cifar10"),
+        ("--dataset=mnist", "--to"),
+        ("--dataset=digits --to={here}", "mnist|fashion_mnist|cifar10"),
+        ("--dataset=mnist --to={here} --data_dir={here}/none", "mnist"),
+        ("--dataset=mnist --to={here} --form=npz", "--helpfull"),
+    ],
+)
+def test_bad_input_of_the_export(arguments, says, tmp_path, capfd):
+    argv = ["export.py", *arguments.format(here=tmp_path).split()]
+    assert export.run(argv) in (1, 2)
+    output, errors = capfd.readouterr()
+    assert re.fullmatch(r"export\.py: .+\n", errors), errors
+    assert says in errors
+    assert output == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 # Models and schedule.
@@ -714,12 +1028,13 @@ def test_tensorflow_datasets(train, tmp_path, capfd):
         ("digits", ["conv1", "conv2", "fc1", "fc2"], 151_306),
         ("mnist", ["conv1", "conv2", "fc1", "fc2"], 3_274_634),
         ("cifar10_1", ["conv1", "conv2", "fc1", "fc2", "fc3"], 1_068_298),
+        ("cifar10_2", [f"conv{i}" for i in range(1, 10)], 1_369_738),
     ],
 )
 def test_networks(name, layers, parameters):
     keras.config.set_dtype_policy("mixed_bfloat16")
     network = models.NETWORKS[name]
-    model = network.build(network.input_shape, 10)
+    model = models.build(name, 10)
     with_kernel = [layer for layer in model.layers if hasattr(layer, "kernel")]
     assert [layer.name for layer in with_kernel] == layers
     assert model.count_params() == parameters
@@ -727,20 +1042,37 @@ def test_networks(name, layers, parameters):
     assert with_kernel[0].compute_dtype == "bfloat16"
     logits = model(np.zeros((2, *network.input_shape), "float32"))
     assert logits.shape == (2, 10)
-    assert logits.dtype == tf.float32
+    assert keras.backend.standardize_dtype(logits.dtype) == "float32"
+
+
+@pytest.mark.parametrize("method", ["fa_usf_sn", "dfa", "dense_fa"])
+def test_networks_of_raw_images(method):
+    """The layers in front change nothing of what the network does."""
+    config = settings("--dataset=cifar10", f"--method={method}")
+    model = main.build(config)
+    assert model.input_shape == (None, 32, 32, 3)
+    assert model.inputs[0].dtype == "uint8"
+    bare = keras_fa.to_backprop(model)
+    assert [layer.name for layer in bare.layers if layer.weights] == [
+        "conv1", "conv2", "fc1", "fc2", "fc3"
+    ]  # fmt: skip
+    network = models.build("cifar10_1", 10)
+    network.set_weights(bare.get_weights())
+    images = numbered(4).images
+    centres = images[:, 4:28, 4:28].astype("float32")
+    centres -= centres.mean((1, 2, 3), keepdims=True)
+    centres /= centres.std((1, 2, 3), keepdims=True)
+    np.testing.assert_allclose(
+        array(model(images)), array(network(centres)), rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("warmup_epochs", [0, 0.5, 2, 99])
 def test_learning_rate(warmup_epochs):
-    main.parse(
-        [
-            "main.py",
-            "--epochs=4",
-            "--learning_rate=0.1",
-            f"--warmup_epochs={warmup_epochs}",
-        ]
+    config = settings(
+        "--epochs=4", "--learning_rate=0.1", f"--warmup_epochs={warmup_epochs}"
     )
-    schedule = main.learning_rate(main.settings(), steps_per_epoch=10)
+    schedule = main.learning_rate(config, steps_per_epoch=10)
     rates = [float(schedule(step)) for step in range(41)]
     top = min(int(warmup_epochs * 10), 39)
     assert rates[top] == pytest.approx(0.1)
