@@ -1,15 +1,29 @@
-"""Fixtures of all tests: two logical CPUs, one strategy, fixed seeds."""
+"""Fixtures of all tests: fixed seeds; on TensorFlow two logical CPUs."""
 
 import os
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# JAX compiles every small operation: with few passes, and none of them twice.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"),
+)
 
 import keras
 import pytest
-import tensorflow as tf
+from backends import ON_TENSORFLOW
 
 
 def pytest_configure() -> None:
+    if not ON_TENSORFLOW:
+        return
+    import tensorflow as tf
+
     # Before TensorFlow touches its devices.
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0],
@@ -18,8 +32,12 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(scope="session")
-def strategy() -> tf.distribute.Strategy:
+def strategy() -> Any:
     """Two replicas. One object a process: TensorFlow dies of a second."""
+    if not ON_TENSORFLOW:
+        pytest.skip("a tf.distribute.Strategy is TensorFlow's own")
+    import tensorflow as tf
+
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
+import backends
 import keras
 import numpy as np
-import tensorflow as tf
+from backends import array
 from keras import layers
+from keras import ops
 
 import keras_fa
 from keras_fa import constraints
@@ -350,23 +352,27 @@ def effective_of(layer: Any) -> list[np.ndarray]:
 
 
 def gradients(layer: Any, x: Any, dy: Any) -> tuple:
-    """`(y, dx, [dW], dbias)` of a layer, from TensorFlow's autodiff."""
-    biases = [] if layer.bias is None else [layer.bias.value]
-    kernels = [kernel.value for kernel in kernels_of(layer)]
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        y = layer(x)
-    dx, *rest = tape.gradient(y, [x, *kernels, *biases], dy)
+    """`(y, dx, [dW], [dbias])` of a layer, from the backend's autodiff."""
+    kernels = kernels_of(layer)
+    biases = [] if layer.bias is None else [layer.bias]
+    y, (dx,), rest = backends.vjp(layer, layer, [x], dy, [*kernels, *biases])
     return y, dx, rest[: len(kernels)], rest[len(kernels) :]
 
 
 def computed(
     layer: Any, x: np.ndarray, dy: np.ndarray, compiled: bool
 ) -> Gradients:
-    """What a layer computes, eagerly or in a `tf.function`."""
-    run = tf.function(gradients) if compiled else gradients
-    x = tf.constant(x, layer.compute_dtype)
-    y, dx, kernels, bias = run(layer, x, tf.constant(dy, layer.compute_dtype))
+    """What a layer computes, eagerly or compiled."""
+
+    def run(x, dy):
+        return gradients(layer, x, dy)
+
+    if compiled:
+        run = backends.compiled(run, layer.variables)
+    dtype = layer.compute_dtype
+    y, dx, kernels, bias = run(
+        *(ops.convert_to_tensor(z, dtype) for z in (x, dy))
+    )
     return Gradients(
         floats(y),
         floats(dx),
@@ -402,14 +408,11 @@ def reference(
         other.kernel.assign(b)
     if layer.bias is not None:
         forward[-1].bias.assign(layer.bias)
-    hidden = [tf.constant(x, dtype)]
+    hidden = [ops.convert_to_tensor(x, dtype)]
     for stage in forward:
         hidden.append(stage(hidden[-1]))
     activation = layer.activation or keras.activations.linear
-    with tf.GradientTape() as tape:
-        tape.watch(hidden[-1])
-        y = activation(hidden[-1])
-    error = tape.gradient(y, hidden[-1], tf.constant(dy, dtype))
+    y, (error,), _ = backends.vjp(None, activation, [hidden[-1]], dy)
     kernels, bias = [], None
     for i in reversed(range(len(forward))):
         _, _, (dw,), db = gradients(forward[i], hidden[i], error)
@@ -426,14 +429,9 @@ def error_for(layer: Any, x: np.ndarray) -> np.ndarray:
         return normal(layer(x).shape, seed=5)
 
 
-def array(value: Any) -> np.ndarray:
-    """A variable or tensor as a NumPy array of its own."""
-    return np.array(tf.convert_to_tensor(value).numpy())
-
-
 def floats(tensor: Any) -> np.ndarray:
     """A tensor as a NumPy array of single precision."""
-    return array(tf.cast(tensor, "float32"))
+    return array(ops.cast(tensor, "float32"))
 
 
 def normal(shape: Sequence[int], seed: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from backends import requires_tensorflow
 from keras import applications
 from keras import layers
 
@@ -97,6 +97,7 @@ def test_application(name: str, method: str, tmp_path: Path) -> None:
     assert np.array_equal(loaded(X), model(X))
 
 
+@requires_tensorflow
 @pytest.mark.parametrize(
     ("name", "method"),
     [("VGG16", "fa_usf_const_ei"), ("VGG16", "dfa")],
@@ -104,5 +105,7 @@ def test_application(name: str, method: str, tmp_path: Path) -> None:
 def test_exported_application(name: str, method: str, tmp_path: Path) -> None:
     model = convert(model_of(name), method)
     model.export(tmp_path / "served", verbose=False)
+    import tensorflow as tf
+
     served = tf.saved_model.load(str(tmp_path / "served"))
     np.testing.assert_allclose(served.serve(X), model(X), rtol=1e-3, atol=1e-6)

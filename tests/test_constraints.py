@@ -340,7 +340,7 @@ def test_units_keep_their_signs_in_training(kind: str) -> None:
         **kind.constrained(["constant_norm", FixedSign("unit", 0.5)]),
         feedback_constraint="sign_concordance",
     )
-    model = net(layer, kind.shape, keras.optimizers.SGD(1.0))
+    model = net(layer, kind.shape, keras.optimizers.SGD(5.0))
     before = [
         unit_signs(references.array(kernel), units)
         for kernel, units in zip(references.kernels_of(layer), kind.unit)

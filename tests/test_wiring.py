@@ -3,11 +3,12 @@
 import logging
 import re
 from collections.abc import Callable
+from typing import Any
 
+import backends
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import layers
 from keras import ops
 
@@ -30,11 +31,10 @@ def gradients(
     model: keras.Model, x: np.ndarray, y: np.ndarray, loss: Callable
 ) -> Arrays:
     """The gradient of every trainable weight, by its path."""
-    with tf.GradientTape() as tape:
-        value = loss(y, model(x, training=True))
-    weights = model.trainable_weights
-    grads = tape.gradient(value, [weight.value for weight in weights])
-    return {w.path: np.array(g) for w, g in zip(weights, grads)}
+    _, _, grads = backends.vjp(
+        model, lambda x: loss(y, model(x, training=True)), [x]
+    )
+    return {w.path: np.array(g) for w, g in zip(model.trainable_weights, grads)}
 
 
 def maps(model: keras.Model, source: str) -> Arrays:
@@ -178,18 +178,15 @@ def test_dfa_with_normalization_and_dropout_by_hand() -> None:
     stock.get_layer("norm").gamma.assign(gamma)
     model = convert(stock, "dfa")
 
-    # One forward pass gives the gradients and shows its dropout mask.
+    # In the scope nothing moves: the same masks and statistics again.
     probe = keras.Model(
         model.inputs,
         [model.outputs[0]]
         + [model.get_layer(name).output for name in ("relu", "drop")],
     )
-    with tf.GradientTape() as tape:
-        z, kept, dropped = probe(X, training=True)
-        value = keras.losses.MeanSquaredError()(Y, z)
-    weights = model.trainable_weights
-    grads = tape.gradient(value, [weight.value for weight in weights])
-    ours = {w.path: np.array(g) for w, g in zip(weights, grads)}
+    with keras.StatelessScope():
+        _, kept, dropped = map(np.array, probe(X, training=True))
+    ours = gradients(model, X, Y, keras.losses.MeanSquaredError())
     mask = np.where(kept > 0, dropped / np.maximum(kept, 1e-9), 0.0)
     assert set(np.unique(mask.round(1).astype(str))) == {"0.0", "1.7"}
 
@@ -417,13 +414,13 @@ def test_dfa_taps(kind: str) -> None:
     model = convert(keras.Model(start, body(start)), "dfa")
     plain = to_backprop(model)
     logits = keras.Model(plain.inputs, _operation_output(plain, source))
-    z = tf.constant(logits(IMAGES, training=True))
+    z = logits(IMAGES, training=True)
     softmaxed = source == "gap"
     loss = CROSSENTROPY if softmaxed else keras.losses.MeanSquaredError()
-    with tf.GradientTape() as tape:
-        tape.watch(z)
-        value = loss(Y, tf.nn.softmax(z) if softmaxed else z)
-    e = np.array(tape.gradient(value, z))
+    _, (e,), _ = backends.vjp(
+        None, lambda z: loss(Y, ops.softmax(z) if softmaxed else z), [z]
+    )
+    e = np.array(e)
     b = maps(model, source)
     assert set(b) == set(taps)
 
@@ -432,16 +429,14 @@ def test_dfa_taps(kind: str) -> None:
         layer = plain.get_layer(name)
         below = keras.Model(plain.inputs, layer.input)
         piece = keras.Model(layer.input, _operation_output(plain, tap))
-        x = tf.constant(below(IMAGES, training=True))
-        with tf.GradientTape() as tape:
-            y = piece(x, training=True)
-        assert b[name].shape == (3, np.prod(y.shape[1:]))
-        weights = piece.trainable_weights
-        grads = tape.gradient(
-            y,
-            [weight.value for weight in weights],
-            output_gradients=tf.reshape(e @ b[name], y.shape),
+        assert b[name].shape == (3, np.prod(piece.output_shape[1:]))
+        _, _, grads = backends.vjp(
+            piece,
+            lambda x, piece=piece: piece(x, training=True),
+            [below(IMAGES, training=True)],
+            np.reshape(e @ b[name], (N, *piece.output_shape[1:])),
         )
+        weights = piece.trainable_weights
         # A convolution's bias below a normalization has no gradient.
         normed = any("norm" in weight.path for weight in weights)
         check(
@@ -459,7 +454,7 @@ def test_dfa_taps(kind: str) -> None:
 
 
 def test_dfa_does_not_depend_on_the_weights_above() -> None:
-    def linear(y: object, z: tf.Tensor) -> tf.Tensor:
+    def linear(y: Any, z: Any) -> Any:
         return ops.sum(z * Y)  # so that e is Y whatever the weights
 
     model = convert(mlp("logits"), "dfa")
@@ -571,9 +566,7 @@ def test_mixed_precision_gradients(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["dfa", "dense_fa"])
-def test_two_replicas_are_one_device(
-    method: str, strategy: tf.distribute.Strategy
-) -> None:
+def test_two_replicas_are_one_device(method: str, strategy: Any) -> None:
     x, y = np.tile(X, (4, 1))[:16], np.tile(Y, (4, 1))[:16]
 
     def fitted() -> keras.Model:
