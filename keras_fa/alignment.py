@@ -247,8 +247,8 @@ def sign_agreement(a: Any, b: Any) -> Any:
         a: A tensor.
         b: A tensor of the same shape.
     """
-    same = ops.equal(ops.sign(_float(a)), ops.sign(_float(b)))
-    return 100.0 * ops.mean(ops.cast(same, "float32"))
+    unequal = ops.not_equal(ops.sign(_float(a)), ops.sign(_float(b)))
+    return 100.0 - 100.0 * ops.mean(ops.cast(unequal, "float32"))
 
 
 def _float(a: Any) -> Any:
