@@ -40,6 +40,12 @@ def run(*arguments: str) -> int:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     """What one short run of three methods leaves behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "2")
+        return short_run(tmp_path_factory)
+
+
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     out = tmp_path_factory.mktemp("benchmark") / "below" / "digits"
     status = run(
         *TINY,
@@ -89,6 +95,8 @@ def test_it_says_where_it_ran(written: tuple[dict, str]) -> None:
     assert results["machine"]["cores"] >= 1
     assert results["machine"]["memory_bytes"] > 0
     assert f"keras {keras.__version__}" in text
+    assert results["environment"]["OMP_NUM_THREADS"] == "2"
+    assert "OMP_NUM_THREADS=2 python train/benchmark.py" in text
     assert "SGD with momentum 0.9" in text
 
 

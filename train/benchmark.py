@@ -78,6 +78,15 @@ BACKEND = keras.backend.backend()
 PROBE_SIZE = 256
 MONITOR = f"alignment monitor, {PROBE_SIZE} images"
 MEMORY_STEPS = 3
+# Environment variables that change what is timed.
+ENVIRONMENT = (
+    "KERAS_BACKEND",
+    "TF_ENABLE_ONEDNN_OPTS",
+    "TF_XLA_FLAGS",
+    "XLA_FLAGS",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+)
 DTYPE_POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 
 NETWORKS: dict[str, Callable[[], keras.Model]] = {
@@ -108,7 +117,8 @@ flags.DEFINE_list(
 flags.DEFINE_list(
     "dtype_policies",
     ["float32", "mixed_bfloat16"],
-    f"Policies, of {', '.join(DTYPE_POLICIES)}.",
+    f"Policies, of {', '.join(DTYPE_POLICIES)}. On a CPU without bfloat16 "
+    "arithmetic a convolution's gradients take some 30 times as long in it.",
     flag_values=FLAGS,
 )
 flags.DEFINE_integer(
@@ -577,10 +587,11 @@ def report(results: dict[str, Any]) -> str:
     machine, versions = results["machine"], results["versions"]
     git = results["git"] or {"commit": "not known", "dirty": False}
     settings = results["settings"]
+    environment = [f"{k}={v}" for k, v in results["environment"].items()]
     return "\n".join(
         [
             "# Benchmark\n",
-            f"- command: `{' '.join(results['command'])}`",
+            f"- command: `{' '.join([*environment, *results['command']])}`",
             f"- date: {results['date']}",
             f"- machine: {machine['cpu']}, {machine['cores']} cores, "
             f"{machine['memory_bytes'] / 2**30:.0f} GiB, accelerator: "
@@ -604,6 +615,9 @@ def surroundings() -> dict[str, Any]:
     )
     return {
         "command": ["python", "train/benchmark.py", *sys.argv[1:]],
+        "environment": {
+            name: os.environ[name] for name in ENVIRONMENT if name in os.environ
+        },
         "date": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
         "machine": {
             "cpu": _cpu(),

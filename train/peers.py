@@ -1,8 +1,11 @@
 """BioTorch as a peer: the same network on PyTorch, timed in turn with ours.
 
-It runs in processes of its own, one for each mode, which sleep while it is
-not their turn: PyTorch and TensorFlow each bring an OpenMP or Eigen pool of
-one thread a core, and in one process each would find the other's in its way.
+It runs in processes of its own, one for each mode, so that neither library
+shares an allocator, an OpenMP runtime or thread settings with the other, and
+Keras is timed in the same process as without a peer. One that is not in turn
+sleeps: PyTorch's threads spin for less than 10 ms after their last operation,
+and TensorFlow's do not, which is over before the first step of the next
+block, itself not timed, has ended.
 A process takes one line, what to build; then it trains a block of steps and
 answers with one line, the seconds of one step, for each line that it gets.
 """
