@@ -43,6 +43,15 @@ def feedback_op(
     def feedback(x, *tensors):
         forward, bias = list(tensors[:n]), list(tensors[n:])
 
+        # The output waits for B, and so do the updates, which come from it.
+        # TensorFlow orders a step's reads before its writes, but takes both
+        # custom_gradient's and the optimizer's IdentityN for such an order and
+        # prunes them later: B was at times made of the next step's kernels.
+        # It is the input that waits: between a convolution and its activation
+        # this would keep the two from being fused.
+        with tf.control_dependencies(back):
+            x = tf.identity(x)
+
         # With the first i kernels W and the others B, the error of x (i = 0)
         # or of kernel i is right. All are recorded now, while the layer's
         # autocast scope is open; inside a tf.function the outputs that nobody
@@ -62,13 +71,7 @@ def feedback_op(
             kernel_grads = [grad[0] for grad in grads[1:]]
             return (*grads[0], *kernel_grads, *grads[n][1:])
 
-        # The output waits for B, and so do the updates, which come from it.
-        # TensorFlow orders a step's reads before its writes, but takes both
-        # custom_gradient's and the optimizer's IdentityN for such an order and
-        # prunes them later: B was at times made of the next step's kernels.
-        with tf.control_dependencies(back):
-            y = tf.identity(records[n][1])
-        return y, gradient
+        return records[n][1], gradient
 
     return feedback(*_tensors([inputs, *kernels, *biases]))
 
