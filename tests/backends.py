@@ -86,7 +86,7 @@ if ON_TENSORFLOW:
         def train_step(self, data):
             x, y = data
             with tf.GradientTape() as tape:
-                loss = self.compute_loss(y=y, y_pred=self(x, training=True))
+                loss = self.compute_loss(y=y, y_pred=self(x))
             variables = self.trainable_variables
             self.optimizer.apply(tape.gradient(loss, variables), variables)
             return {"own_loss": loss}
@@ -150,9 +150,7 @@ else:
             x, y = data
 
             def loss_of(trainable):
-                y_pred, updated = self.stateless_call(
-                    trainable, others, x, training=True
-                )
+                y_pred, updated = self.stateless_call(trainable, others, x)
                 return self.compute_loss(y=y, y_pred=y_pred), updated
 
             (loss, others), gradients = jax.value_and_grad(

@@ -1,0 +1,205 @@
+"""One backend against the other: files, and one step of training.
+
+A process has one backend, so this file is also a program: run as
+`python test_backends.py FOLDER` it writes models there and reads those that
+the other backend wrote.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from references import array
+from references import assert_close
+from references import effective_of
+from references import kernels_of
+from references import normal
+from references import stored_of
+
+from keras_fa import convert
+from keras_fa.layers.direct import SendError
+from keras_fa.layers.feedback import feedback_layers
+from keras_fa.methods import METHODS
+
+BACKENDS = ("tensorflow", "jax")
+OWN = keras.backend.backend()
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(4, 8, 8, 3)).astype("float32")
+Y = RNG.normal(size=(4, 3)).astype("float32")
+MISSING = [name for name in BACKENDS if not importlib.util.find_spec(name)]
+needs_both = pytest.mark.skipif(
+    bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"
+)
+
+
+def network() -> keras.Model:
+    """A convnet with a layer of two kernels and one with statistics."""
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(4, 3, strides=2, padding="same", activation="relu"),
+            layers.SeparableConv2D(4, 3, use_bias=False, name="separable"),
+            layers.BatchNormalization(name="norm"),
+            layers.Flatten(name="flatten"),
+            layers.Dense(5, activation="tanh", name="hidden"),
+            layers.Dense(3, name="readout"),
+        ]
+    )
+
+
+def seen(model: keras.Model) -> dict[str, np.ndarray]:
+    """What a model computes and remembers."""
+    found = {"output": array(model(X))}
+    for layer in feedback_layers(model):
+        for i, kernel in enumerate(kernels_of(layer)):
+            name = f"{layer.name}/{i}"
+            if stored_of(layer)[i] is not None:
+                found[f"{name}/stored"] = stored_of(layer)[i]
+            found[f"{name}/effective"] = effective_of(layer)[i]
+            state = getattr(kernel.constraint, "state", {})
+            for key, value in state.items():
+                found[f"{name}/{key}"] = array(value)
+    for layer in model.layers:
+        if isinstance(layer, SendError):
+            for name, matrix in zip(layer.receivers, layer.maps):
+                found[f"{layer.name}/{name}"] = array(matrix)
+    return found
+
+
+def trained(model: keras.Model, method: str) -> dict[str, np.ndarray]:
+    """A model's weights after one update of SGD, inside `fit`."""
+    model.compile(keras.optimizers.SGD(0.5), "mse")
+    callbacks = METHODS[method].callbacks()
+    model.fit(X, Y, batch_size=4, verbose=0, callbacks=callbacks)
+    return {weight.path: array(weight) for weight in model.weights}
+
+
+def write(folder: Path) -> None:
+    """Saves a model of each method whose kernels are not those of its start."""
+    for method in METHODS:
+        keras.utils.set_random_seed(1)
+        model = convert(network(), method)
+        for seed, weight in enumerate(model.trainable_weights):
+            weight.assign(weight + 0.1 * normal(weight.shape, seed))
+        model.save(folder / f"{OWN}-{method}.keras")
+
+
+def read(folder: Path, writer: str) -> None:
+    """Notes what the models that a backend wrote do on this one.
+
+    They are trained, too, where they are TensorFlow's, the reference.
+    """
+    for method in METHODS:
+        name = f"{writer}-{method}"
+        model = keras.models.load_model(folder / f"{name}.keras")
+        np.savez(folder / f"{name}-on-{OWN}.npz", **seen(model))
+        if writer == "tensorflow":
+            weights = trained(model, method)
+            np.savez(folder / f"{name}-trained-on-{OWN}.npz", **weights)
+
+
+def run_on(backend: str, *arguments: object) -> str:
+    """Runs Python on a backend in a process of its own; its output."""
+    tests = Path(__file__).resolve().parent
+    path = os.pathsep.join(map(str, (tests.parent, tests)))
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models of both backends, each read on both."""
+    folder = tmp_path_factory.mktemp("backends")
+    (other,) = (name for name in BACKENDS if name != OWN)
+    write(folder)
+    read(folder, OWN)
+    run_on(other, __file__, folder)
+    read(folder, other)
+    return folder
+
+
+def compare(folder: Path, name: str, drawn: Callable[[str], bool]) -> None:
+    """Compares what both backends noted, but for what they draw by chance."""
+    ours, theirs = (
+        dict(np.load(folder / f"{name}-on-{backend}.npz"))
+        for backend in BACKENDS
+    )
+    assert set(ours) == set(theirs)
+    for key, value in ours.items():
+        if not drawn(key):
+            assert_close(theirs[key], value, 1e-5)
+
+
+@needs_both
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("writer", BACKENDS)
+def test_models_of_one_backend_are_the_same_on_the_other(
+    method: str, writer: str, folder: Path
+) -> None:
+    noisy = method == "bp_noise"
+    compare(
+        folder,
+        f"{writer}-{method}",
+        drawn=lambda key: noisy and key.endswith("effective"),
+    )
+
+
+@needs_both
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_is_the_same_on_both_backends(method: str, folder: Path) -> None:
+    start = keras.models.load_model(folder / f"tensorflow-{method}.keras")
+    name = f"tensorflow-{method}-trained"
+    moved = dict(np.load(folder / f"{name}-on-{OWN}.npz"))
+    for weight in start.trainable_weights:
+        assert not np.allclose(moved[weight.path], weight, rtol=1e-3)
+    # Noise has no part in the readout's own update.
+    noisy = method == "bp_noise"
+    compare(folder, name, drawn=lambda key: noisy and "readout" not in key)
+
+
+_LEAN = """
+import sys
+import keras
+import numpy as np
+import keras_fa
+from keras_fa.alignment import alignment
+from keras_fa.methods import METHODS
+
+print(keras.backend.backend(), "tensorflow" in sys.modules)
+# Keras itself imports it to write configs, if it is there. Now it is not.
+sys.modules["tensorflow"] = None
+model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="fc")])
+model = keras_fa.convert(model, "fa_usf_sn")
+model.compile("sgd", "mse")
+x, y = np.ones((4, 4)), np.ones((4, 3))
+model.fit(x, y, verbose=0, callbacks=METHODS["fa_usf_sn"].callbacks())
+print(alignment(model, x, y)["fc"]["norm_ratio"])
+"""
+
+
+@pytest.mark.skipif("jax" in MISSING, reason="not installed: jax")
+def test_jax_needs_no_tensorflow() -> None:
+    backend, imported, ratio = run_on("jax", "-c", _LEAN).split()
+    assert (backend, imported) == ("jax", "False")
+    np.testing.assert_allclose(float(ratio), 1, rtol=1e-6)
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    write(target)
+    for name in BACKENDS:
+        read(target, name)
