@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# As the programs in train/, so that a run in here equals one out there.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 # JAX compiles every small operation: with few passes, and none of them twice.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
