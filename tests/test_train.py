@@ -710,15 +710,16 @@ def test_fit_sees_each_batch_once_in_order():
     seen = Seen()
     model = keras.Model(inputs, keras.layers.Dense(1)(seen(inputs)))
     model.compile("sgd", "mse", steps_per_execution=3, jit_compile=True)
+    training = data.TrainingBatches(
+        split,
+        batch_size=6,
+        steps_per_epoch=3,
+        seed=5,
+        first_epoch=1,
+        epochs=4,
+    )
     model.fit(
-        data.TrainingBatches(
-            split,
-            batch_size=6,
-            steps_per_epoch=3,
-            seed=5,
-            first_epoch=1,
-            epochs=4,
-        ),
+        data.feed(training),
         initial_epoch=1,
         epochs=4,
         steps_per_epoch=3,

@@ -333,13 +333,15 @@ def train(config: SimpleNamespace) -> None:
             f"{config.steps_per_execution} needs more than the {images} "
             f"training images of {config.dataset}. Give smaller ones."
         )
-    training = data.TrainingBatches(
-        splits.train,
-        batch_size=config.batch_size,
-        steps_per_epoch=steps_per_epoch,
-        seed=config.seed,
-        first_epoch=progress.epoch,
-        epochs=config.epochs,
+    training = data.feed(
+        data.TrainingBatches(
+            splits.train,
+            batch_size=config.batch_size,
+            steps_per_epoch=steps_per_epoch,
+            seed=config.seed,
+            first_epoch=progress.epoch,
+            epochs=config.epochs,
+        )
     )
 
     # Model and optimiser.
