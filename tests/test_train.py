@@ -1064,7 +1064,10 @@ def test_networks_of_raw_images(method):
     centres -= centres.mean((1, 2, 3), keepdims=True)
     centres /= centres.std((1, 2, 3), keepdims=True)
     np.testing.assert_allclose(
-        array(model(images)), array(network(centres)), rtol=1e-3, atol=1e-4
+        array(model(images, training=False)),
+        array(network(centres)),
+        rtol=1e-3,
+        atol=1e-4,
     )
 
 

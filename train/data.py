@@ -380,9 +380,8 @@ class TrainingBatches(keras.utils.PyDataset):
 def feed(batches: TrainingBatches) -> Any:
     """The batches in the form that `fit` is fastest with.
 
-    Keras tells TensorFlow nothing of the size of a PyDataset's batches, with
-    which a step of a convnet takes about twice as long on a CPU as with
-    batches of a fixed size.
+    Keras tells TensorFlow nothing of the size of a PyDataset's batches, and
+    the steps of a convnet on a CPU are slower then than at a fixed size.
     """
     if keras.backend.backend() != "tensorflow":
         return batches
