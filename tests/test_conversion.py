@@ -617,7 +617,7 @@ def test_saved_models_load_in_a_fresh_process(
     ours: bool, tmp_path: Path
 ) -> None:
     data = {"x": IMAGES}
-    for method in METHODS:
+    for method in SORTS:
         model = convert(sequential(), method)
         train(model, IMAGES, method, steps=1)
         if not ours:
@@ -629,7 +629,7 @@ def test_saved_models_load_in_a_fresh_process(
     np.savez(tmp_path / "data.npz", **data)
     imports = "import keras_fa" if ours else ""
     out = run_python(_LOAD.format(imports=imports, ours=ours), tmp_path)
-    assert out.split() == list(METHODS)
+    assert out.split() == SORTS
 
 
 # Choices per layer ---------------------------------------------------------
