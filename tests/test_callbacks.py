@@ -184,6 +184,38 @@ def test_steps_per_execution_changes_nothing() -> None:
         references.assert_close(two, one)
 
 
+def test_a_fit_without_the_callback_is_plain_again() -> None:
+    model = convert(network(), "fa_usf_sn")
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    normalize, spy = StrictNormalization(), Spy()
+    fit(model, normalize)
+    fit(model, spy)
+    assert all(worst > 1e-4 for worst, _ in spy.seen[1:])
+    fit(model, normalize, spy := Spy())
+    assert max(worst for worst, _ in spy.seen) < 1e-6
+
+
+def test_one_callback_compiles_one_step_for_all_fits() -> None:
+    model = convert(network(), "fa_usf_sn")
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    functions = []
+
+    class Look(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+            functions.append(self.model.train_function)
+
+    normalize = StrictNormalization()
+    fit(model, normalize, Look())
+    fit(model, normalize, Look())
+    assert len(functions) == 4
+    assert len(set(map(id, functions))) == 1
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    kernel = references.array(model.get_layer("second").kernel)
+    fit(model, normalize, Look())
+    assert functions[-1] is not functions[0]
+    np.testing.assert_array_equal(model.get_layer("second").kernel, kernel)
+
+
 def test_layers_in_a_nested_model() -> None:
     inner = keras.Sequential(
         [keras.Input((6,)), layers.Dense(6, name="deep")], name="inner"
@@ -275,6 +307,15 @@ def test_every(every: int) -> None:
     assert len(monitor.columns) == 12
     for row in monitor.history.values():
         assert list(row) == monitor.columns
+
+
+def test_events_need_tensorflow(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("keras_fa.callbacks.find_spec", lambda name: None)
+    AlignmentMonitor(probe=(X, Y))
+    with pytest.raises(ImportError, match=r"written by TensorFlow.*log_dir="):
+        AlignmentMonitor(probe=(X, Y), log_dir=tmp_path)
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, "2", None])

@@ -791,3 +791,22 @@ def test_weights_against_the_sign_of_their_unit_are_said() -> None:
     layer.kernel.assign([[1.0, 1.0, -0.5]] * 5)
     with pytest.warns(UserWarning, match=r"33 % of the weights"):
         layer.refresh()
+
+
+def test_what_is_remembered_may_change_after_training() -> None:
+    """A step that was compiled with other signs and norms is not used."""
+    layer = FADense(4, kernel_constraint=["fixed_sign", "constant_norm"])
+    model = keras.Sequential([keras.Input((6,)), layer])
+    model.compile(keras.optimizers.SGD(0.5), "mse")
+    x, y = references.normal((8, 6), 1), references.normal((8, 4), 2)
+    model.fit(x, y, verbose=0)
+    other = 3 * references.normal((6, 4), 3)
+    layer.kernel.assign(other)
+    layer.refresh()
+    model.fit(x, y, epochs=2, verbose=0)
+    kernel = references.array(layer.kernel)
+    assert np.all(kernel * other >= 0)
+    assert np.mean(kernel != 0) > 0.5
+    np.testing.assert_allclose(
+        np.linalg.norm(kernel), np.linalg.norm(other), rtol=1e-6
+    )
