@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from backends import array
 from backends import requires_tensorflow
 from keras import layers
 from keras import ops
@@ -1026,3 +1027,40 @@ def test_two_constraints_of_the_users_have_no_stock_form() -> None:
     model = keras.Sequential([keras.Input((4,)), layer])
     with pytest.raises(ValueError, match="NonNeg, MaxNorm"):
         to_backprop(model)
+
+
+@pytest.mark.parametrize("method", ["fa_usf_sn", "dfa"])
+def test_training_one_model_leaves_the_other_alone(method: str) -> None:
+    """No two of them hold the same memory, which JAX gives away in training."""
+    stock = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(5, activation="relu"),
+            layers.BatchNormalization(),
+            layers.Dense(3),
+        ]
+    )
+    converted = convert(stock, method)
+    back = to_backprop(converted)
+    before = [array(weight) for weight in stock.weights]
+    for model in (converted, back):
+        model.compile(keras.optimizers.SGD(0.5), "mse")
+        model.fit(VECTORS, np.ones((4, 3)), verbose=0)
+    for weight, value in zip(stock.weights, before):
+        np.testing.assert_array_equal(array(weight), value)
+    assert not np.array_equal(array(back.weights[0]), before[0])
+
+
+def test_maps_that_do_not_fit_are_refused_before_they_are_made() -> None:
+    model = keras.Sequential(
+        [
+            keras.Input((2, 2, 1)),
+            layers.Conv2D(1, 1, name="first"),
+            layers.UpSampling2D(2**10),
+            layers.Conv2D(1, 1, name="second"),
+            layers.UpSampling2D(2),
+            layers.Conv2D(1, 1, name="third"),
+        ]
+    )
+    with pytest.raises(ValueError, match=r"need [\d,]+ bytes .* MiB\. Use"):
+        convert(model, "dfa")
