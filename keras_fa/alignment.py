@@ -127,6 +127,7 @@ def alignment_function(
     measure = gradients.compiled(measure, reads=all_variables(model))
 
     def measured(x, y):
+        gradients.synchronize(model)
         rows = measure(*keras.tree.map_structure(ops.convert_to_tensor, (x, y)))
         return {
             name: {measure: float(value) for measure, value in row.items()}

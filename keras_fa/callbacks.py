@@ -2,7 +2,6 @@
 
 import math
 import weakref
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,8 +27,8 @@ class StrictNormalization(keras.callbacks.Callback):
 
     In `fit` the normalization is the end of the compiled training step itself:
     it costs no call of its own, and holds within `steps_per_execution` too. A
-    `fit` that an exception ends leaves it there, until the next one with this
-    callback ends or the model is compiled again.
+    `fit` that an exception ends leaves it there, until one with this callback
+    ends or the model is compiled again. In a loop of one's own call `apply`.
 
     Raises:
         RuntimeError: In `fit`, with Keras's NNX integration switched on, whose
@@ -68,8 +67,6 @@ class StrictNormalization(keras.callbacks.Callback):
     def __init__(self) -> None:
         super().__init__()
         self._compiled = weakref.WeakKeyDictionary()
-        self._plain_function = None
-        self._function = None
 
     def apply(self, model: keras.layers.Layer) -> None:
         """Normalizes the feedback of every FA layer in a model or layer now.
@@ -79,6 +76,7 @@ class StrictNormalization(keras.callbacks.Callback):
                 normalize. The compiled call is kept per model: keep the
                 callback, too, when calling this in a loop.
         """
+        gradients.synchronize(model)
         if model not in self._compiled:
             if not all(layer.built for layer in feedback_layers(model)):
                 return  # Keras builds some models at their first batch
@@ -91,28 +89,63 @@ class StrictNormalization(keras.callbacks.Callback):
         self._compiled[model]()
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        model = self.model
-        self._compiled.pop(model, None)  # layers may have been built since
-        _normalize(normalized_paths(model))
-        if model.train_function is not self._plain_function:
-            self._plain_function = model.train_function
-            self._function = self._normalizing_function()
-        model.train_function = self._function
+        # Kept, since on JAX `self.model` makes weights readable every time.
+        self._trained = self.model
+        self._compiled.pop(self._trained, None)  # layers may have been built
+        _normalize(normalized_paths(self._trained))
+        _NormalizingFunction.install(self._trained)
+
+    def on_train_batch_begin(
+        self, batch: int, logs: dict | None = None
+    ) -> None:
+        # Another callback may have made a new train function.
+        _NormalizingFunction.install(self._trained)
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        self.model.train_function = self._plain_function
+        _NormalizingFunction.remove(self._trained)
 
-    def _normalizing_function(self) -> Callable:
-        """A train function whose every step ends with the normalization."""
-        model = self.model
+
+class _NormalizingFunction:
+    """A model's train function, every step of which ends normalized.
+
+    Attributes:
+        plain: The train function in whose place it stands.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self.plain = model.train_function
+        own = vars(model).get("train_step")
         model.train_step = gradients.followed_by(
             model, lambda: _normalize(normalized_paths(model))
         )
         try:
             model.make_train_function(force=True)
         finally:
-            del model.train_step  # the class's own again
-        return model.train_function
+            del model.train_step
+            if own is not None:
+                model.train_step = own
+        self._function = model.train_function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    @classmethod
+    def install(cls, model: keras.Model) -> None:
+        """Puts one in the place of the plain train function."""
+        plain = model.train_function
+        if isinstance(plain, cls):
+            return
+        # Kept with the model, as Keras keeps what it has compiled.
+        made = getattr(model, "_normalizing_function", None)
+        if made is None or made.plain is not plain:
+            model._normalizing_function = made = cls(model)
+        model.train_function = made
+
+    @classmethod
+    def remove(cls, model: keras.Model) -> None:
+        """Puts the plain train function back."""
+        if isinstance(model.train_function, cls):
+            model.train_function = model.train_function.plain
 
 
 def normalized_paths(model: keras.layers.Layer) -> list[FeedbackPath]:

@@ -16,6 +16,7 @@ what each of them does:
 - `gradients_of`: the gradients of a loss with respect to variables;
 - `compiled`: a function compiled for the backend;
 - `followed_by`: a training step with something done at its end;
+- `synchronize`: the weights of a model that is being trained, made readable;
 - `recall`, `remember`, `exported`: what is kept beside a model's own variables.
 """
 
@@ -36,6 +37,7 @@ if keras.backend.backend() == "tensorflow":
     from keras_fa.gradients_tensorflow import recall
     from keras_fa.gradients_tensorflow import remember
     from keras_fa.gradients_tensorflow import send_error
+    from keras_fa.gradients_tensorflow import synchronize
 elif keras.backend.backend() == "jax":
     from keras_fa.gradients_jax import compiled
     from keras_fa.gradients_jax import exported
@@ -46,6 +48,7 @@ elif keras.backend.backend() == "jax":
     from keras_fa.gradients_jax import recall
     from keras_fa.gradients_jax import remember
     from keras_fa.gradients_jax import send_error
+    from keras_fa.gradients_jax import synchronize
 else:
     raise ImportError(
         "keras_fa runs on Keras's backends tensorflow and jax. Received: "
@@ -67,6 +70,7 @@ __all__ = [
     "recall",
     "remember",
     "send_error",
+    "synchronize",
 ]
 
 _scope = threading.local()

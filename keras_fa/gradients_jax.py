@@ -23,23 +23,26 @@ def feedback_op(
 ) -> jax.Array:
     """Computes `op(x, W)` and sends the error down through B."""
     n = len(kernels)
+    # Staged while the layer's autocast scope is open: JAX may call `record`
+    # after the layer has returned.
+    kernels, biases = list(kernels), list(biases)
+    staged, constants = jax.closure_convert(op, inputs, kernels, biases)
 
     @jax.custom_vjp
     def feedback(x, forward, back, bias):
-        return op(x, forward, bias)
+        return staged(x, forward, bias, *constants)
 
     def record(x, forward, back, bias):
         # With the first i kernels W and the others B, the error of x (i = 0)
-        # or of kernel i is right. All are recorded now, while the layer's
-        # autocast scope is open; outputs that nobody reads are not computed
+        # or of kernel i is right. Outputs that nobody reads are not computed
         # once this is compiled.
-        _, of_inputs = jax.vjp(lambda x: op(x, back, bias), x)
+        _, of_inputs = jax.vjp(lambda x: staged(x, back, bias, *constants), x)
         of_kernels = []
         for i in range(1, n + 1):
 
             def of(kernel, bias, i=i):
                 mixed = [*forward[: i - 1], kernel, *back[i:]]
-                return op(x, mixed, bias)
+                return staged(x, mixed, bias, *constants)
 
             y, of_kernel = jax.vjp(of, forward[i - 1], bias)
             of_kernels.append(of_kernel)
@@ -52,7 +55,7 @@ def feedback_op(
         return dx, list(kernel_grads), None, bias_grads[-1]
 
     feedback.defvjp(record, send)
-    return feedback(inputs, list(kernels), list(feedback_kernels), list(biases))
+    return feedback(inputs, kernels, list(feedback_kernels), biases)
 
 
 def is_sparse(inputs: Any) -> bool:
@@ -152,13 +155,22 @@ def followed_by(
         )
         with scope:
             function()
-        non_trainable = [
-            scope.get_current_value(variable)
-            for variable in model.non_trainable_variables
-        ]
+        trainable, non_trainable = (
+            [scope.get_current_value(variable) for variable in variables]
+            for variables in (
+                model.trainable_variables,
+                model.non_trainable_variables,
+            )
+        )
         return logs, (trainable, non_trainable, *others)
 
     return train_step
+
+
+def synchronize(model: keras.layers.Layer) -> None:
+    """Puts the weights of a model that `fit` is training where they belong."""
+    if isinstance(model, keras.Model):
+        model.jax_state_sync()
 
 
 # The variables whose values are constants of compiled functions.

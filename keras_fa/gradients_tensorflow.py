@@ -214,6 +214,10 @@ def followed_by(
     return train_step
 
 
+def synchronize(model: keras.layers.Layer) -> None:
+    """Puts the weights of a model that `fit` is training where they belong."""
+
+
 def recall(variable: keras.Variable, kernel: Any) -> Any:
     """The value of a variable that no step is handed.
 

@@ -104,7 +104,7 @@ class FeedbackPath(keras.layers.Layer):
         if self._follows_norm:
 
             def draw(shape, dtype=None):
-                return self.matched_feedback_kernel()
+                return self._matched_magnitude()
         else:
             draw = initializers.independent(
                 initializer, kernel_initializer, self.kernel.path
@@ -143,10 +143,13 @@ class FeedbackPath(keras.layers.Layer):
         feedback = self._apply_rule(self._stored(), self._full(kernel))
         return ops.stop_gradient(ops.cast(feedback, kernel.dtype))
 
+    @property
+    def _full_dtype(self) -> str:
+        """The precision that rules work in: half is too little for norms."""
+        return keras.backend.result_type(self.variable_dtype, "float32")
+
     def _full(self, tensor: Any) -> Any:
-        """In the precision that rules work in: half is too little for norms."""
-        dtype = keras.backend.result_type(self.variable_dtype, "float32")
-        return ops.cast(tensor, dtype)
+        return ops.cast(tensor, self._full_dtype)
 
     def _stored(self) -> Any:
         if self.feedback_kernel is None:
@@ -175,18 +178,26 @@ class FeedbackPath(keras.layers.Layer):
 
     def matched_feedback_kernel(self) -> Any:
         """The stored feedback kernel, scaled so that `||B|| = ||W||`."""
-        kernel, stored = self._full(self.kernel), self._stored()
-        constant = stored is None or stored.shape == ()
-        if constant:
-            stored = ops.ones((), dtype=kernel.dtype)
-        feedback = self._apply_rule(stored, kernel)
-        ratio = ops.divide_no_nan(
-            constraints.kernel_norm(kernel), constraints.kernel_norm(feedback)
-        )
-        if not constant:
-            # A kernel that is zero for now must not wipe out what is stored.
-            ratio = ops.where(ratio > 0, ratio, ops.ones_like(ratio))
+        if self.feedback_kernel.shape == ():
+            return self._matched_magnitude()
+        stored = self._stored()
+        ratio = self._norm_ratio(stored)
+        # A kernel that is zero for now must not wipe out what is stored.
+        ratio = ops.where(ratio > 0, ratio, ops.ones_like(ratio))
         return ops.cast(stored * ratio, self.variable_dtype)
+
+    def _matched_magnitude(self) -> Any:
+        """`||W|| / ||rule(1, W)||`, of the kernel alone: it starts from it."""
+        ratio = self._norm_ratio(ops.ones((), dtype=self._full_dtype))
+        return ops.cast(ratio, self.variable_dtype)
+
+    def _norm_ratio(self, stored: Any) -> Any:
+        """`||W|| / ||B||` with the B that comes of a stored kernel."""
+        kernel = self._full(self.kernel)
+        return ops.divide_no_nan(
+            constraints.kernel_norm(kernel),
+            constraints.kernel_norm(self._apply_rule(stored, kernel)),
+        )
 
     def refresh(self) -> None:
         """Takes signs, norms and the matched magnitude anew from the kernel."""
