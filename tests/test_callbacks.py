@@ -216,6 +216,56 @@ def test_one_callback_compiles_one_step_for_all_fits() -> None:
     np.testing.assert_array_equal(model.get_layer("second").kernel, kernel)
 
 
+class Interrupt(keras.callbacks.Callback):
+    """Ends a fit as a user at the keyboard does."""
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        if batch == 1:
+            raise KeyboardInterrupt
+
+
+class Remake(keras.callbacks.Callback):
+    """Makes a new train function, as after unfreezing layers."""
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self.model.make_train_function(force=True)
+
+
+@pytest.mark.parametrize("case", ["interrupted", "two", "remade"])
+def test_leaves_nothing_behind(case: str) -> None:
+    model = convert(network(), "fa_usf_sn")
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    normalize, spy = StrictNormalization(), Spy()
+    others = []
+    if case == "interrupted":
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, normalize, Interrupt())
+    elif case == "two":
+        others = [StrictNormalization()]
+    else:
+        others = [Remake()]
+    fit(model, normalize, *others, spy)
+    assert max(worst for worst, _ in spy.seen) < 1e-6
+    fit(model, spy := Spy())
+    assert all(worst > 1e-4 for worst, _ in spy.seen[1:])
+
+
+def test_a_step_of_the_models_own_stays() -> None:
+    model = convert(network(), "fa_usf_sn")
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    calls, step = [], model.train_step
+
+    def own(*arguments: Any) -> Any:
+        calls.append(1)
+        return step(*arguments)
+
+    model.train_step = own
+    fit(model, StrictNormalization(), spy := Spy())
+    assert calls
+    assert model.train_step is own
+    assert max(worst for worst, _ in spy.seen) < 1e-6
+
+
 def test_layers_in_a_nested_model() -> None:
     inner = keras.Sequential(
         [keras.Input((6,)), layers.Dense(6, name="deep")], name="inner"
@@ -406,9 +456,8 @@ def test_measuring_does_not_change_training() -> None:
 class Lazy(keras.Model):
     """A subclassed model without an input shape."""
 
-    def __init__(self) -> None:
+    def __init__(self, **rule: Any) -> None:
         super().__init__()
-        rule = {"feedback_constraint": "sign_concordance"}
         self.hidden = FADense(8, activation="relu", **rule)
         self.readout = FADense(3, **rule)
 
@@ -416,26 +465,35 @@ class Lazy(keras.Model):
         return self.readout(self.hidden(inputs))
 
 
-def lazy_sequential() -> keras.Model:
+def lazy_sequential(**rule: Any) -> keras.Model:
     """A Sequential model without an Input."""
-    rule = {"feedback_constraint": "sign_concordance"}
     return keras.Sequential([FADense(8, **rule), FADense(3, **rule)])
 
 
+@pytest.mark.parametrize("initializer", [None, "constant"])
 @pytest.mark.parametrize("build", [Lazy, lazy_sequential])
-def test_models_that_are_not_built_yet(build: type) -> None:
-    model = build()
-    monitored = build()
+def test_models_that_are_not_built_yet(
+    build: type, initializer: str | None
+) -> None:
+    rule = {
+        "feedback_initializer": initializer,
+        "feedback_constraint": "sign_concordance",
+    }
+    model, monitored, called = (build(**rule) for _ in range(3))
     fit(model, StrictNormalization())
     assert max(mismatch(layer) for layer in feedback_layers(model)) < 1e-6
     monitor = AlignmentMonitor(probe=(X, Y))
     fit(monitored, StrictNormalization(), monitor)
     assert len(monitor.columns) == 8
     assert max(mismatch(layer) for layer in feedback_layers(monitored)) < 1e-6
+    called(X)
+    if initializer == "constant":
+        assert max(mismatch(layer) for layer in feedback_layers(called)) < 1e-6
 
 
 def test_apply_before_the_model_is_built() -> None:
-    model, normalize = lazy_sequential(), StrictNormalization()
+    rule = {"feedback_constraint": "sign_concordance"}
+    model, normalize = lazy_sequential(**rule), StrictNormalization()
     normalize.apply(model)
     model(X)
     normalize.apply(model)
