@@ -12,7 +12,7 @@ TRAIN = [
     "tensorboard>=2.21",  # tensorflow 2.21 no longer brings it
     "tensorflow-datasets>=4.9.10",
 ]
-JAX = ["jax>=0.10"]
+JAX = ["jax>=0.10.2"]
 TEST = [*TRAIN, *JAX, "pytest>=8", "pytest-xdist>=3.8", "ruff>=0.14"]
 
 setup(

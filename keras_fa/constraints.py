@@ -264,7 +264,11 @@ class KernelConstraint(keras.constraints.Constraint):
 
     @property
     def state(self) -> dict[str, keras.Variable]:
-        """What this constraint remembers, by name."""
+        """What this constraint remembers, by name.
+
+        To be read. It changes by `refresh` and by loading alone: on JAX a
+        compiled step holds these values as constants.
+        """
         raise NotImplementedError
 
     def _not_built(self) -> ValueError:
