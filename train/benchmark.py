@@ -40,6 +40,7 @@ counted.
 import startup  # noqa: F401 - before anything imports Keras
 
 # isort: split
+import collections
 import concurrent.futures
 import contextlib
 import datetime
@@ -50,9 +51,11 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -149,6 +152,13 @@ flags.DEFINE_bool(
     "memory",
     True,
     "Whether to measure the peak of memory: a process for each row.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_bool(
+    "profile",
+    False,
+    "Whether to tell where the time goes: the milliseconds of each kind of "
+    "operation in a step, by TensorFlow's profiler, on a CPU.",
     flag_values=FLAGS,
 )
 flags.DEFINE_float(
@@ -266,6 +276,34 @@ class Monitor:
         began = time.perf_counter()
         self.measure(*self.probe)  # returns floats: the device is done
         return time.perf_counter() - began
+
+
+def profile(trainee: Trainee) -> dict[str, float]:
+    """The milliseconds of each kind of operation in a step of a block."""
+    import tensorflow as tf
+    from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
+    space = xplane_pb2.XSpace()
+    with tempfile.TemporaryDirectory() as folder:
+        tf.profiler.experimental.start(
+            folder, tf.profiler.experimental.ProfilerOptions(3, 0)
+        )
+        trainee.block()
+        tf.profiler.experimental.stop()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        space.ParseFromString(file.read_bytes())
+    steps = trainee.model.steps_per_execution + trainee.steps
+    spent = collections.Counter()
+    for plane in space.planes:
+        for event in (e for line in plane.lines for e in line.events):
+            # Operations are called "name:Kind", with or without "#...".
+            label = plane.event_metadata[event.metadata_id].name
+            match = re.fullmatch(r"[^:=]+:(_?[A-Z]\w+)(#.*)?", label)
+            if match:
+                spent[match[1]] += event.duration_ps / 1e9 / steps
+    for around in ("StatefulPartitionedCall", "PartitionedCall"):
+        spent.pop(around, None)
+    return dict(spent.most_common())
 
 
 def forever(batch: tuple[np.ndarray, np.ndarray]) -> Any:
@@ -461,6 +499,7 @@ def measure(
                     peers.BioTorch(stock, mode, FLAGS.batch_size, FLAGS.steps)
                 )
         seconds, order = in_turn(timed, FLAGS.rounds)
+    profiles = {name: profile(timed[name]) for name in extra if FLAGS.profile}
     operations = operations_of(stock, FLAGS.batch_size)
     rows = []
     for name, times in seconds.items():
@@ -472,6 +511,8 @@ def measure(
         }
         if name != MONITOR:
             row["images_per_second"] = FLAGS.batch_size / row["median_seconds"]
+        if name in profiles:
+            row["milliseconds_by_operation"] = profiles[name]
         if name in extra:
             row["feedback_bytes"] = extra[name]
             row["peak_memory_bytes"] = peaks.get(name)
@@ -559,6 +600,14 @@ def table(result: dict[str, Any]) -> str:
                 f"- {peers.COUNTERPARTS[row['name']]}: "
                 f"{_spread(row['ours_is_faster_by'])} times the images/s of "
                 f"{row['name']}"
+            )
+    for row in result["rows"]:
+        spent = row.get("milliseconds_by_operation", {})
+        if spent:
+            text.append(
+                f"- {row['name']}, {sum(spent.values()):.1f} ms of operations "
+                "a step: "
+                + ", ".join(f"{k} {v:.1f}" for k, v in [*spent.items()][:12])
             )
     for name, why in result["left_out"].items():
         text.append(f"- left out: {name}: {why}")
@@ -677,6 +726,12 @@ def benchmark() -> None:
         raise UserError(
             f"--out={out}: {parent} is not a folder that can be written to. "
             "Give the path of the files without their suffix."
+        )
+    if FLAGS.profile and (BACKEND != "tensorflow" or accelerator()):
+        raise UserError(
+            "--profile: operations are told apart by TensorFlow on a CPU, and "
+            f"Keras computes with {BACKEND} on {accelerator() or 'the CPU'}. "
+            "Leave it out."
         )
     if FLAGS.peer:
         peers.check()
