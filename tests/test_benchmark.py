@@ -10,6 +10,8 @@ import keras
 import models
 import peers
 import pytest
+from backends import ON_TENSORFLOW
+from backends import requires_tensorflow
 from errors import UserError
 
 import keras_fa
@@ -300,3 +302,27 @@ def test_the_peer_trains(mode: str) -> None:
 def test_all_methods_have_known_bytes() -> None:
     # The generator's state and DenseFA's maps are others' to test.
     assert set(METHODS) - set(STORED) == {"bp_noise", "dense_fa"}
+
+
+@requires_tensorflow
+def test_profile_tells_where_the_time_goes(tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "digits"
+    arguments = [*TINY, "--dtype_policies=float32", "--nomemory", "--profile"]
+    assert run(*arguments, "--methods=fa_usf_sn,dfa", f"--out={out}") == 0
+    (result,) = json.loads(out.with_suffix(".json").read_text())["results"]
+    spent = {
+        row["name"]: set(row.get("milliseconds_by_operation", {}))
+        for row in result["rows"]
+    }
+    assert any("BackpropInput" in kind for kind in spent["stock"])
+    assert not any("BackpropInput" in kind for kind in spent["dfa"])
+    assert "Sign" in spent["fa_usf_sn"] - spent["stock"]
+    assert "ms of operations a step" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(ON_TENSORFLOW, reason="TensorFlow has a profile")
+def test_profile_is_tensorflows(tmp_path: Path, capsys: Any) -> None:
+    assert run(*TINY, "--profile", f"--out={tmp_path / 'digits'}") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--profile" in line
+    assert "jax" in line
