@@ -44,19 +44,25 @@ def find_flagfiles(argv: list[str]) -> list[str]:
     return found
 
 
-def parse(values: flags.FlagValues, argv: list[str]) -> None:
+def parse(
+    values: flags.FlagValues, argv: list[str], others: bool = False
+) -> list[str]:
     """Sets flags from a command line.
 
     Args:
         values: The program's flags.
         argv: The command line, the program's name first.
+        others: Whether there may be flags of another program on it.
+
+    Returns:
+        The flags of the other program, as they are given.
 
     Raises:
         UserError: If the command line is not understood.
     """
     values.unparse_flags()
     try:
-        rest = values(find_flagfiles(argv))[1:]
+        rest = values(find_flagfiles(argv), known_only=others)[1:]
     except flags.UnrecognizedFlagError as wrong:
         message = str(wrong).replace(" ?", "?")
         raise UserError(f"{message} --helpfull lists all flags.") from wrong
@@ -66,28 +72,32 @@ def parse(values: flags.FlagValues, argv: list[str]) -> None:
         if name in values and not isinstance(values[name], flags.EnumFlag):
             about = f"--{name}: {values[name].help}"
         raise UserError(f"{str(wrong).rstrip('.')}. {about}") from wrong
-    if rest:
+    if rest and not others:
         raise UserError(
             f"{rest[0]!r} is not a flag. Settings are given as --name=value; "
             "--helpfull lists them."
         )
+    return rest
 
 
 def run(
     argv: list[str],
     values: flags.FlagValues,
-    program: Callable[[], None],
+    program: Callable[..., None],
     about: str,
     interrupted: str,
+    others: bool = False,
 ) -> int:
     """Runs a program on a command line.
 
     Args:
         argv: The command line, the program's name first.
         values: Its flags.
-        program: What it does, once they are set.
+        program: What it does, once they are set. With `others` it is given
+            the flags that are not its own.
         about: What `--help` says before it lists the flags.
         interrupted: What to tell a user who stops the program.
+        others: Whether there may be flags of another program on it.
 
     Returns:
         The exit status.
@@ -97,14 +107,14 @@ def run(
         print(f"{about}\nFlags:\n{values.get_help()}")
         return 0
     try:
-        parse(values, argv)
+        rest = parse(values, argv, others)
         # After the flags, whose --verbosity would set it back.
         logging.set_verbosity(logging.ERROR)
     except UserError as wrong:
         print(f"{name}: {_one_line(wrong)}", file=sys.stderr)
         return 2
     try:
-        program()
+        program(*[rest] if others else [])
     except UserError as wrong:
         print(f"{name}: {_one_line(wrong)}", file=sys.stderr)
         return 1

@@ -14,10 +14,12 @@ Flags given after a flagfile win over it. The run is written to the folder
 import startup  # before anything imports Keras
 
 # isort: split
+import dataclasses
 import importlib
 import math
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +34,9 @@ from strategies import STRATEGIES
 
 import keras_fa
 from keras_fa.callbacks import AlignmentMonitor
+from keras_fa.constraints import SignConcordance
 from keras_fa.methods import METHODS
+from keras_fa.methods import Method
 
 PROBE_SIZE = 256
 EVALUATION_BATCH_SIZE = 256
@@ -118,6 +122,36 @@ flags.DEFINE_float(
     + ", ".join(f"{v[2]} for {n}" for n, v in OPTIMIZERS.items())
     + ".",
 )
+flags.DEFINE_float(
+    "kernel_scale",
+    1.0,
+    "The kernels start as this many times he_normal, above 0.",
+)
+flags.DEFINE_float(
+    "feedback_scale",
+    1.0,
+    "Fixed random feedback starts as this many times what it is by default, "
+    "above 0: B_0 times he_normal, or the fixed maps of DFA and DenseFA.",
+)
+flags.DEFINE_enum(
+    "feedback_maps",
+    "dense",
+    ["dense", "convolutional"],
+    "Form of the fixed maps of DFA and DenseFA. convolutional takes the memory "
+    "of a kernel, where dense takes that of a matrix between two feature maps.",
+)
+flags.DEFINE_float(
+    "dropout",
+    0.0,
+    "Rate at which the inputs of the readout are dropped in training, from 0 "
+    "to below 1; not for cifar10_2, which has dropout of its own.",
+)
+flags.DEFINE_bool(
+    "test",
+    True,
+    "Whether to look at the test images, once, at the end. A search for "
+    "settings does not, and goes by the validation error.",
+)
 flags.DEFINE_integer(
     "seed",
     0,
@@ -186,10 +220,16 @@ flags.DEFINE_integer(
     "least 0; 0 is never.",
     lower_bound=0,
 )
+for _name in ("learning_rate", "kernel_scale", "feedback_scale"):
+    flags.register_validator(
+        _name,
+        lambda value: value is None or 0 < value < math.inf,
+        "it must be a finite number above 0",
+    )
 flags.register_validator(
-    "learning_rate",
-    lambda value: value is None or 0 < value < math.inf,
-    "it must be a finite number above 0",
+    "dropout",
+    lambda value: 0 <= value < 1,
+    "it must be a number from 0 to below 1",
 )
 for _name in ("warmup_epochs", "weight_decay"):
     flags.register_validator(
@@ -204,8 +244,9 @@ FLAGS = flags.FLAGS
 def settings() -> SimpleNamespace:
     """The flags; where none is given, the data set's and optimiser's own."""
     names = """dataset model method epochs batch_size optimizer learning_rate
-        warmup_epochs weight_decay seed data_dir download runs_dir resume
-        strategy virtual_devices dtype_policy jit_compile steps_per_execution
+        warmup_epochs weight_decay kernel_scale feedback_scale feedback_maps
+        dropout test seed data_dir download runs_dir resume strategy
+        virtual_devices dtype_policy jit_compile steps_per_execution
         alignment_every""".split()
     chosen = SimpleNamespace(**{name: FLAGS[name].value for name in names})
     chosen.backend = keras.backend.backend()
@@ -247,6 +288,24 @@ def check(config: SimpleNamespace) -> None:
             f"--model={config.model} does not fit the {image_shape} images of "
             f"--dataset={config.dataset}. Choose --model={'|'.join(fitting)}, "
             "or another data set."
+        )
+    if config.dropout and not network.drops:
+        raise UserError(
+            f"--dropout={config.dropout}: {config.model} has dropout of its "
+            "own. Leave it out, or choose another --model."
+        )
+    wiring = METHODS[config.method].wiring
+    if config.feedback_maps != "dense" and wiring == "chain":
+        raise UserError(
+            f"--feedback_maps={config.feedback_maps}: {config.method} has no "
+            "fixed maps. Leave it out, or choose --method=dfa|dense_fa."
+        )
+    if config.feedback_scale != 1 and not _draws(METHODS[config.method]):
+        drawing = [name for name, method in METHODS.items() if _draws(method)]
+        raise UserError(
+            f"--feedback_scale={config.feedback_scale}: {config.method} has no "
+            "fixed random feedback to scale. Leave it out, or choose "
+            f"--method={'|'.join(drawing)}."
         )
     if config.virtual_devices and config.strategy == "none":
         raise UserError(
@@ -298,12 +357,25 @@ def learning_rate(
     )
 
 
+def run_folder(config: SimpleNamespace) -> Path:
+    """Where a run is written."""
+    return Path(config.runs_dir).expanduser() / (
+        f"{config.dataset}-{config.model}-{config.method}-s{config.seed}"
+    )
+
+
 def train(config: SimpleNamespace) -> None:
     """The experiment, from the data to the report."""
     check(config)
-    folder = Path(config.runs_dir).expanduser() / (
-        f"{config.dataset}-{config.model}-{config.method}-s{config.seed}"
-    )
+    folder = run_folder(config)
+    with runs.held(folder) as make_folder:
+        train_in(folder, make_folder, config)
+
+
+def train_in(
+    folder: Path, make_folder: Callable[[], None], config: SimpleNamespace
+) -> None:
+    """The experiment in a run folder that no other process is at."""
     progress = runs.look(folder, vars(config), config.resume)
     if progress.result is not None and progress.epoch >= config.epochs:
         print(f"{folder}: finished already, after {progress.epoch} epochs.")
@@ -363,7 +435,7 @@ def train(config: SimpleNamespace) -> None:
             runs.restore(folder, progress, model)
 
     # Training.
-    runs.start(folder)
+    make_folder()
     curves = startup.installed("tensorflow", "tensorboard")
     callbacks = METHODS[config.method].callbacks()
     monitor = None
@@ -377,7 +449,7 @@ def train(config: SimpleNamespace) -> None:
     recipe = {
         name: value
         for name, value in vars(config).items()
-        if name not in ("data_dir", "download", "runs_dir", "resume")
+        if name not in ("data_dir", "download", "runs_dir", "resume", "test")
     }
     writer = runs.RunWriter(
         folder,
@@ -418,16 +490,19 @@ def train(config: SimpleNamespace) -> None:
         )
 
     # Report. This is the only use of the test images.
-    metrics = model.evaluate(
-        *splits.test,
-        batch_size=EVALUATION_BATCH_SIZE,
-        verbose=0,
-        return_dict=True,
-    )
+    test_error = None
+    if config.test:
+        metrics = model.evaluate(
+            *splits.test,
+            batch_size=EVALUATION_BATCH_SIZE,
+            verbose=0,
+            return_dict=True,
+        )
+        test_error = error(metrics["accuracy"])
     last = progress.rows[-1]
     result = {
         **recipe,
-        "test_error": error(metrics["accuracy"]),
+        "test_error": test_error,
         "train_error": error(last["accuracy"]),
         "validation_error": error(last["val_accuracy"]),
         "seconds": round(progress.seconds, 2),
@@ -451,20 +526,66 @@ def build(config: SimpleNamespace) -> keras.Model:
     """The network under the method, which takes the data set's raw images."""
     dataset = data.DATASETS[config.dataset]
     network = models.NETWORKS[config.model]
-    model = keras_fa.convert(
-        models.build(
-            config.model,
-            dataset.classes,
-            data.preprocessing(dataset, network.input_shape),
-        ),
-        config.method,
+    stock = models.build(
+        config.model,
+        dataset.classes,
+        data.preprocessing(dataset, network.input_shape),
+        kernel_scale=config.kernel_scale,
+        dropout=config.dropout,
     )
+    method = scaled(METHODS[config.method], config.feedback_scale)
+    if method.wiring == "chain":
+        model = keras_fa.convert(stock, method)
+    else:
+        try:
+            model = keras_fa.convert(
+                stock, method, feedback_maps=config.feedback_maps
+            )
+        except ValueError as error:
+            raise UserError(
+                f"--method={config.method}: {error} As a flag: "
+                "--feedback_maps=convolutional."
+            ) from error
     if config.backend == "jax":
         # RandomTranslation denies it because of TensorFlow, whose XLA lacks
         # an operation; JAX compiles all that it can run.
         for layer in model.layers:
             layer.supports_jit = True
     return model
+
+
+def _draws(method: Method) -> bool:
+    """Whether errors are sent through feedback that is random and fixed."""
+    fixed = isinstance(method.feedback_constraint, SignConcordance)
+    return (
+        method.wiring != "chain"
+        or (fixed and method.feedback_constraint.fixed_magnitude)
+        or method.feedback_constraint is None
+    )
+
+
+def scaled(method: Method, scale: float) -> Method:
+    """The method whose fixed random feedback is drawn `scale` times as large.
+
+    B_0 is then `scale` times he_normal, whatever W_0 is; the fixed maps of DFA
+    and DenseFA are `scale` times what they are by default.
+    """
+    if scale == 1:
+        return method
+    if method.wiring == "chain":
+        return dataclasses.replace(
+            method,
+            feedback_initializer=keras.initializers.VarianceScaling(
+                2.0 * scale**2, "fan_in", "truncated_normal"
+            ),
+        )
+    maps = keras.initializers.get(method.map_initializer)
+    return dataclasses.replace(
+        method,
+        map_initializer=keras.initializers.VarianceScaling(
+            maps.scale * scale**2, maps.mode, maps.distribution
+        ),
+    )
 
 
 def error(accuracy: float) -> float:
@@ -474,11 +595,14 @@ def error(accuracy: float) -> float:
 
 def report(folder: Path, result: dict) -> None:
     """The last words on the console."""
+    if result["test_error"] is None:
+        print("The test images were not looked at.")
+    else:
+        print(f"Test error {result['test_error']:.2f} %.")
     print(
-        f"Test error {result['test_error']:.2f} % after {result['epochs']} "
-        f"epochs (training {result['train_error']:.2f} %, validation "
-        f"{result['validation_error']:.2f} %), {result['seconds']:.0f} s.\n"
-        f"Run folder: {folder}"
+        f"Training error {result['train_error']:.2f} %, validation error "
+        f"{result['validation_error']:.2f} % after {result['epochs']} epochs, "
+        f"{result['seconds']:.0f} s.\nRun folder: {folder}"
     )
     if startup.installed("tensorboard"):
         print(f"Curves: tensorboard --logdir {folder.parent}")

@@ -19,17 +19,17 @@ from keras.layers import GlobalAveragePooling2D
 from keras.layers import MaxPooling2D
 
 
-def digits(x: KerasTensor, classes: int) -> KerasTensor:
+def digits(x: KerasTensor, classes: int, dropout: float = 0.0) -> KerasTensor:
     """A small convnet for 8x8 images."""
     x = _conv("conv1", 32, 3)(x)
     x = _conv("conv2", 64, 3)(x)
     x = MaxPooling2D(2, name="pool1")(x)
     x = Flatten(name="flatten")(x)
     x = _dense("fc1", 128)(x)
-    return _logits("fc2", classes)(x)
+    return _logits("fc2", classes)(_drop(x, dropout))
 
 
-def mnist(x: KerasTensor, classes: int) -> KerasTensor:
+def mnist(x: KerasTensor, classes: int, dropout: float = 0.0) -> KerasTensor:
     """Two convolutions and two dense layers, 3.3 million parameters."""
     x = _conv("conv1", 32, 5)(x)
     x = MaxPooling2D(2, name="pool1")(x)
@@ -37,10 +37,12 @@ def mnist(x: KerasTensor, classes: int) -> KerasTensor:
     x = MaxPooling2D(2, name="pool2")(x)
     x = Flatten(name="flatten")(x)
     x = _dense("fc1", 1024)(x)
-    return _logits("fc2", classes)(x)
+    return _logits("fc2", classes)(_drop(x, dropout))
 
 
-def cifar10_1(x: KerasTensor, classes: int) -> KerasTensor:
+def cifar10_1(
+    x: KerasTensor, classes: int, dropout: float = 0.0
+) -> KerasTensor:
     """The net of the old TensorFlow tutorial, without its normalisation."""
     x = _conv("conv1", 64, 5)(x)
     x = MaxPooling2D(3, strides=2, padding="same", name="pool1")(x)
@@ -49,7 +51,7 @@ def cifar10_1(x: KerasTensor, classes: int) -> KerasTensor:
     x = Flatten(name="flatten")(x)
     x = _dense("fc1", 384)(x)
     x = _dense("fc2", 192)(x)
-    return _logits("fc3", classes)(x)
+    return _logits("fc3", classes)(_drop(x, dropout))
 
 
 def cifar10_2(x: KerasTensor, classes: int) -> KerasTensor:
@@ -77,19 +79,21 @@ class Network(NamedTuple):
     """A network, the images it is made for, and the part of them it sees.
 
     Where `input_shape` is smaller than `image_shape` it sees random crops in
-    training and the centre in evaluation.
+    training and the centre in evaluation. `drops` says whether `logits` takes
+    a dropout rate for the inputs of the readout.
     """
 
-    logits: Callable[[KerasTensor, int], KerasTensor]
+    logits: Callable[..., KerasTensor]
     image_shape: tuple[int, int, int]
     input_shape: tuple[int, int, int]
+    drops: bool = True
 
 
 NETWORKS = {
     "digits": Network(digits, (8, 8, 1), (8, 8, 1)),
     "mnist": Network(mnist, (28, 28, 1), (28, 28, 1)),
     "cifar10_1": Network(cifar10_1, (32, 32, 3), (24, 24, 3)),
-    "cifar10_2": Network(cifar10_2, (32, 32, 3), (32, 32, 3)),
+    "cifar10_2": Network(cifar10_2, (32, 32, 3), (32, 32, 3), drops=False),
 }
 
 
@@ -97,6 +101,9 @@ def build(
     name: str,
     classes: int,
     preprocessing: Sequence[keras.layers.Layer] = (),
+    *,
+    kernel_scale: float = 1.0,
+    dropout: float = 0.0,
 ) -> keras.Model:
     """Builds a network as one flat Functional model.
 
@@ -105,6 +112,9 @@ def build(
         classes: Number of logits.
         preprocessing: Layers that turn uint8 images into what the network
             sees. Default `()`: the model's input is that already.
+        kernel_scale: The kernels are this many times he_normal. Default 1.
+        dropout: Rate at which the inputs of the readout are dropped in
+            training, for a network that `drops`. Default 0: no such layer.
 
     Returns:
         A model of float32 logits `(batch, classes)`. Its input is uint8 of
@@ -120,7 +130,13 @@ def build(
     x = inputs
     for layer in preprocessing:
         x = layer(x)
-    return keras.Model(inputs, network.logits(x, classes), name=name)
+    options = {"dropout": dropout} if network.drops else {}
+    logits = network.logits(x, classes, **options)
+    model = keras.Model(inputs, logits, name=name)
+    for layer in model.layers:
+        if isinstance(layer, Conv2D | Dense):
+            layer.kernel.assign(kernel_scale * layer.kernel)
+    return model
 
 
 def _conv(
@@ -147,3 +163,7 @@ def _logits(name: str, classes: int) -> Dense:
     return Dense(
         classes, kernel_initializer="he_normal", dtype="float32", name=name
     )
+
+
+def _drop(x: KerasTensor, rate: float) -> KerasTensor:
+    return Dropout(rate, name="dropout")(x) if rate else x

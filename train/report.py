@@ -1,99 +1,221 @@
-"""Prints the test errors of many runs as a table.
+"""Makes the paper's table, and figures, of many runs.
 
-    python train/report.py runs
+    python train/report.py <runs_dir>
 
-A row is a method, a column a data set and network; a cell is the mean of the
-test error in percent over the seeds, its standard deviation, and their number.
+It reads `result.json` and `history.csv` of every run below the folder, prints
+a table for each data set and network, and writes it to <runs_dir>/report,
+as table.md, with these figures, each as PNG and SVG:
+
+    <dataset>-<model>-errors            test error of each method
+    <dataset>-<model>-learning_curves   validation error over training
+    <dataset>-<model>-angles            angles of each layer over training, of
+                                        runs with --alignment_every
+
+A row is a method. Ours is the mean of the test error in percent over the
+seeds, their sample standard deviation, and their number; beside it stand the
+figures of the paper and of others. A gap is the error less that of BP in the
+same table. "open" is where others have a figure and we have no run.
+
+Runs that are damaged, unfinished or of a search without a test error are named
+and skipped. A method whose runs differ in more than the seed, or that has two
+of one seed, is named and left out.
 """
 
-import startup  # noqa: F401 - before anything imports Keras
+import startup  # before anything imports Keras
 
 # isort: split
-import json
-import statistics
 import sys
 from pathlib import Path
+from typing import Any
+
+import cells
+import files
+from cells import Cell
+from cells import Cells
+from errors import UserError
+from published import COLUMNS
+from published import Column
+from published import published
 
 from keras_fa.methods import METHODS
 
-Cells = dict[tuple[str, str], list[float]]
+LEGEND = (
+    "Test error in percent after the last epoch: mean ± sample standard "
+    "deviation (number of seeds). A gap is the error less that of BP in the "
+    "same column; open: we have no run."
+)
 
 
-def read(runs_dir: Path) -> tuple[Cells, list[str]]:
-    """Collects the finished runs below a folder.
+def table(column: Column, ours: dict[str, Cell]) -> str:
+    """A data set and network as Markdown.
 
-    Returns:
-        The test errors by method and column, and a line on each run that is
-        left out.
+    Args:
+        column: Data set and network.
+        ours: Method to our runs.
     """
-    cells: Cells = {}
-    skipped = []
-    for folder in sorted(p.parent for p in runs_dir.rglob("history.csv")):
-        file = folder / "result.json"
-        try:
-            result = json.loads(file.read_text("utf-8"))
-            column = f"{result['dataset']} {result['model']}"
-            test_error = float(result["test_error"])
-            cells.setdefault((result["method"], column), []).append(test_error)
-        except FileNotFoundError:
-            skipped.append(f"{folder}: not finished, left out")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            skipped.append(
-                f"{file}: damaged, left out ({type(error).__name__}: {error})"
-            )
-    return cells, skipped
-
-
-def table(cells: Cells) -> str:
-    """Lays the cells out as a Markdown table."""
-    columns = sorted({column for _, column in cells})
-    others = sorted({method for method, _ in cells} - set(METHODS))
-    lines = [["test error, %", *columns], ["---"] * (1 + len(columns))]
-    lines += [
+    sources = published(column)
+    heads = ["method", "ours", "epochs"]
+    heads += [source.source for source in sources]
+    heads += [f"{head} - BP" for head in ("ours", *heads[3:])]
+    rows = [
         [
-            method,
-            *(_cell(cells.get((method, column), [])) for column in columns),
+            METHODS[method].title,
+            _mean(ours[method]) if method in ours else "open",
+            str(ours[method].epochs) if method in ours else "",
+            *(_figure(s.errors.get(method), s.decimals) for s in sources),
+            _gap({m: cell.mean for m, cell in ours.items()}, method, 2),
+            *(_gap(s.errors, method, s.decimals) for s in sources),
         ]
-        for method in [*METHODS, *others]
-        if any((method, column) in cells for column in columns)
+        for method in METHODS
+        if method in ours or any(method in s.errors for s in sources)
     ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    dataset, model = column
+    title = f"{COLUMNS[column]}: " if column in COLUMNS else ""
+    return "\n\n".join(
+        [
+            f"## {title}{model} on {dataset}",
+            _markdown([heads, *rows]),
+            "\n".join(
+                f"- {line}"
+                for line in [*(s.about for s in sources), *recipes(ours)]
+            ),
+        ]
+    )
+
+
+def recipes(ours: dict[str, Cell]) -> list[str]:
+    """What all methods have in common, and what each has of its own."""
+    all_recipes = {
+        method: {
+            name: value
+            for name, value in cell.recipe.items()
+            if name not in ("dataset", "model", "method", "epochs")
+        }
+        for method, cell in ours.items()
+    }
+    first, *others = all_recipes.values()
+    common = {
+        name: value
+        for name, value in first.items()
+        if all(name in other and other[name] == value for other in others)
+    }
+    own = {
+        METHODS[method].title: _settings(
+            {name: value for name, value in recipe.items() if name not in common}
+        )
+        for method, recipe in all_recipes.items()
+    }
+    shared = [f"all of ours: {_settings(common)}."] if common else []
+    return shared + [f"{title}: {text}." for title, text in own.items() if text]
+
+
+def _settings(recipe: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in recipe.items())
+
+
+def _mean(cell: Cell) -> str:
+    deviation = "" if cell.deviation is None else f" ± {cell.deviation:.2f}"
+    return f"{cell.mean:.2f}{deviation} (n={len(cell.runs)})"
+
+
+def _figure(error: float | None, decimals: int) -> str:
+    return "-" if error is None else f"{error:.{decimals}f}"
+
+
+def _gap(errors: dict[str, float], method: str, decimals: int) -> str:
+    if method == "bp" or not {"bp", method} <= errors.keys():
+        return "-"
+    return f"{errors[method] - errors['bp']:+.{decimals}f}"
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
         "| "
         + " | ".join(
             cell.ljust(width, "-" if cell == "---" else " ")
-            for cell, width in zip(line, widths, strict=True)
+            for cell, width in zip(line, widths)
         )
         + " |"
         for line in lines
     )
 
 
-def _cell(errors: list[float]) -> str:
-    if not errors:
-        return "-"
-    mean = f"{statistics.mean(errors):.2f}"
-    if len(errors) == 1:
-        return f"{mean} (n=1)"
-    return f"{mean} ± {statistics.stdev(errors):.2f} (n={len(errors)})"
+def order(column: Column) -> tuple[int, Column]:
+    """The paper's columns first, in its order."""
+    known = list(COLUMNS)
+    return known.index(column) if column in known else len(known), column
+
+
+def report(runs_dir: Path) -> None:
+    """Prints the table of the runs below a folder, and draws the figures."""
+    found, skipped = cells.collect(runs_dir)
+    for line in skipped:
+        print(f"report.py: {line}", file=sys.stderr)
+    if not found:
+        raise UserError(
+            f"{runs_dir}: no finished run below it that could be shown. Give "
+            "the --runs_dir of train/main.py."
+        )
+    found = {column: found[column] for column in sorted(found, key=order)}
+    text = "\n\n".join([LEGEND, *(table(*item) for item in found.items())])
+    print(text)
+    folder = runs_dir / "report"
+    try:
+        folder.mkdir(exist_ok=True)
+        files.replace(
+            folder / "table.md",
+            lambda aside: aside.write_text(f"{text}\n", "utf-8"),
+        )
+        print(f"\nTable: {folder / 'table.md'}")
+        draw(found, folder)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: the report cannot be written "
+            f"({error.strerror or error}). Make {folder} a folder that can be "
+            "written to."
+        ) from error
+
+
+def draw(found: Cells, folder: Path) -> None:
+    """Draws the figures of all columns, and says where they are."""
+    if not startup.installed("matplotlib"):
+        print("No figures: they need matplotlib (pip install matplotlib).")
+        return
+    import figures
+
+    for column, ours in found.items():
+        for name, draw_figure in figures.FIGURES.items():
+            name = f"{'-'.join(column)}-{name}"
+            figure = draw_figure(column, ours)
+            if figure is None:
+                print(
+                    f"No {name}: none of the methods in it has runs with "
+                    "--alignment_every."
+                )
+                continue
+            for suffix in ("png", "svg"):
+                file = folder / f"{name}.{suffix}"
+                files.replace(
+                    file, lambda aside, figure=figure: figures.save(figure, aside)
+                )
+                print(f"Figure: {file}")
 
 
 def run(argv: list[str]) -> int:
     """Runs the program on a command line and returns its exit status."""
+    if argv[1:] in (["--help"], ["-h"]):
+        print(__doc__)
+        return 0
     if len(argv) != 2:
         print("usage: python train/report.py <runs_dir>", file=sys.stderr)
         return 2
-    cells, skipped = read(Path(argv[1]))
-    for line in skipped:
-        print(f"report.py: {line}", file=sys.stderr)
-    if not cells:
-        print(
-            f"report.py: {argv[1]}: no finished run below it. Give the "
-            "--runs_dir of train/main.py.",
-            file=sys.stderr,
-        )
+    try:
+        report(Path(argv[1]).expanduser())
+    except UserError as error:
+        print(f"report.py: {error}", file=sys.stderr)
         return 1
-    print(table(cells))
     return 0
 
 

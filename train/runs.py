@@ -13,8 +13,10 @@ the parts of a checkpoint cannot belong to different epochs; `history.csv` is
 written anew from it.
 """
 
+import contextlib
 import csv
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -22,6 +24,8 @@ import statistics
 import time
 import warnings
 import zipfile
+from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,10 @@ FIXED_SETTINGS = (
     "weight_decay",
     "dtype_policy",
     "steps_per_execution",
+    "kernel_scale",
+    "feedback_scale",
+    "feedback_maps",
+    "dropout",
 )
 
 
@@ -127,16 +135,62 @@ def look(folder: Path, settings: dict[str, Any], resume: bool) -> Progress:
     return progress
 
 
-def start(folder: Path) -> None:
-    """Makes the run folder, or marks an existing one as unfinished."""
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[Callable[[], None]]:
+    """Keeps other processes out of a run folder, however this one ends.
+
+    Args:
+        folder: The run's; it need not be there yet.
+
+    Yields:
+        A function that makes the folder where it is not there yet, and marks
+        an existing one as unfinished.
+
+    Raises:
+        UserError: If another process is at it, or it cannot be made.
+    """
+    busy = UserError(
+        f"{folder}: another process is training this run. Let it end, or "
+        "choose another --seed or --runs_dir."
+    )
+    with contextlib.ExitStack() as locks:
+
+        def lock() -> None:
+            descriptor = os.open(folder, os.O_RDONLY)
+            locks.callback(os.close, descriptor)  # which unlocks it
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise busy from None
+
+        def make() -> None:
+            try:
+                if existed:
+                    (folder / "result.json").unlink(missing_ok=True)
+                    return
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                raise busy from None
+            except OSError as error:
+                raise UserError(
+                    f"{folder}: cannot be made ({error.strerror}). Give a "
+                    "folder that can be written to with --runs_dir."
+                ) from error
+            lock()
+
+        existed = folder.is_dir()
+        if existed:
+            lock()
+        yield make
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process is at a run."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "result.json").unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be made ({error.strerror}). Give a folder that "
-            "can be written to with --runs_dir."
-        ) from error
+        with held(folder):
+            return False
+    except UserError:
+        return True
 
 
 def restore(folder: Path, progress: Progress, model: keras.Model) -> None:

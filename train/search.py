@@ -1,0 +1,163 @@
+"""Searches the recipe of each cell of a column of the paper's table.
+
+From the root of the project:
+
+    python train/search.py --column=mnist --data_dir=FOLDER --runs_dir=FOLDER
+
+Every method is given the same budget: one run of each point of the column's
+grid, with one seed and --epochs epochs. The point of least validation error is
+chosen; the test images are not looked at. Prints a table of the validation
+errors and, with --write, writes the flag files of the cells. Like
+reproduce.py, it goes on where it was, in several processes if need be.
+"""
+
+import startup  # noqa: F401 - before anything imports Keras
+
+# isort: split
+import sys
+from pathlib import Path
+
+import columns
+import commandline
+import files
+import sweep
+from absl import flags
+from errors import UserError
+
+from keras_fa.methods import METHODS
+
+# The flags of main.py that a search tries together. The scale of B_0 and of
+# fixed maps is not among them: Adam's steps do not depend on it.
+GRID = (
+    "--learning_rate=0.001 --kernel_scale=1",
+    "--learning_rate=0.001 --kernel_scale=0.1",
+    "--learning_rate=0.0003 --kernel_scale=1",
+)
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_enum(
+    "column",
+    None,
+    list(columns.COLUMNS),
+    "Column of the table.",
+    required=True,
+    flag_values=FLAGS,
+)
+flags.DEFINE_list(
+    "methods",
+    None,
+    "Rows of the table, separated by commas. By default all of the column's.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_string(
+    "runs_dir",
+    "runs/search",
+    "Folder for the runs, with a folder for each point of the grid.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_bool(
+    "write",
+    False,
+    "Whether to write the flag files of the cells.",
+    flag_values=FLAGS,
+)
+
+
+def search(rest: list[str]) -> None:
+    """Runs the grid for each method and says what is best."""
+    methods = columns.chosen_methods(FLAGS.column, FLAGS.methods)
+    jobs = {
+        (method, point): sweep.job(
+            f"{FLAGS.column} {method} {point}",
+            [
+                *columns.unsearched(FLAGS.column, method),
+                *point.split(),
+                "--notest",
+                f"--runs_dir={_folder(point)}",
+                *rest,
+            ],
+        )
+        for method in methods
+        for point in GRID
+    }
+    try:
+        sweep.run(list(jobs.values()))
+    except UserError as failures:  # a point at which a method diverges
+        print(failures)
+    results = {cell: sweep.result(job) for cell, job in jobs.items()}
+    print(table(methods, results))
+    if FLAGS.write:
+        for method in methods:
+            write(method, results)
+
+
+def _folder(point: str) -> Path:
+    name = point.replace("--", "").replace(" ", ",")
+    return Path(FLAGS.runs_dir) / FLAGS.column / name
+
+
+def table(methods: list[str], results: dict) -> str:
+    """The validation errors in percent, the least of each method marked."""
+    lines = [["validation error, %", *(f"`{point}`" for point in GRID)]]
+    lines.append(["---"] * len(lines[0]))
+    for method in methods:
+        best = choose(method, results)
+        lines.append([method])
+        for point in GRID:
+            found = results[method, point]
+            text = f"{found['validation_error']:.2f}" if found else "-"
+            lines[-1].append(f"**{text}**" if point == best else text)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def choose(method: str, results: dict) -> str | None:
+    """The point of least validation error, the first one of equals."""
+    errors = {
+        point: results[method, point]["validation_error"]
+        for point in GRID
+        if results[method, point] is not None
+    }
+    return min(errors, key=errors.get) if errors else None
+
+
+def write(method: str, results: dict) -> None:
+    """Writes the flag file of a cell."""
+    best = choose(method, results)
+    missing = sum(results[method, point] is None for point in GRID)
+    if missing:
+        raise UserError(
+            f"{FLAGS.column} {method}: {missing} of {len(GRID)} points of the "
+            "grid have no result, so no flag file is written. Run the search "
+            "to its end first."
+        )
+    found = results[method, best]
+    file = commandline.FLAGFILES / f"{FLAGS.column}_{method}.flags"
+    lines = [
+        f"# {METHODS[method].title}, column {FLAGS.column} of the paper's "
+        "table.",
+        f"# Rate and scale by train/search.py: {found['epochs']} epoch(s), "
+        f"seed {found['seed']}, validation",
+        f"# error {found['validation_error']:.2f} %, the least of {len(GRID)} "
+        "points. The rest was not searched.",
+        *columns.unsearched(FLAGS.column, method),
+        *best.split(),
+    ]
+    text = "\n".join(lines) + "\n"
+    files.replace(file, lambda aside: aside.write_text(text, "utf-8"))
+    print(f"Wrote {file}.")
+
+
+def run(argv: list[str]) -> int:
+    """Runs the program on a command line and returns its exit status."""
+    return commandline.run(
+        argv,
+        FLAGS,
+        search,
+        __doc__,
+        "The same command goes on from here.",
+        others=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv))
