@@ -1,4 +1,6 @@
-"""The one exception that means: the user can put this right."""
+"""The exceptions that mean: the user can put this right."""
+
+import os
 
 
 class UserError(Exception):
@@ -6,3 +8,11 @@ class UserError(Exception):
 
     The message says what was given, what is allowed and what to do.
     """
+
+    status = 1
+
+
+class Busy(UserError):
+    """Another process is at it; the exit status says so."""
+
+    status = os.EX_TEMPFAIL

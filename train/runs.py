@@ -31,6 +31,7 @@ from typing import Any
 
 import files
 import keras
+from errors import Busy
 from errors import UserError
 
 # A run that goes on with another value of one of these is no run of that
@@ -147,9 +148,10 @@ def held(folder: Path) -> Iterator[Callable[[], None]]:
         an existing one as unfinished.
 
     Raises:
-        UserError: If another process is at it, or it cannot be made.
+        Busy: If another process is at it.
+        UserError: If it cannot be made.
     """
-    busy = UserError(
+    busy = Busy(
         f"{folder}: another process is training this run. Let it end, or "
         "choose another --seed or --runs_dir."
     )
@@ -189,7 +191,7 @@ def is_held(folder: Path) -> bool:
     try:
         with held(folder):
             return False
-    except UserError:
+    except Busy:
         return True
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import commandline
 import main
 import runs
+from errors import Busy
 from errors import UserError
 
 PROGRAM = Path(main.__file__)
@@ -130,6 +131,8 @@ def _do(job: Job, jobs: Sequence[Job]) -> str:
             process.wait()
         errors.seek(0)
         said = errors.read().strip().splitlines()
+    if process.returncode == Busy.status:  # another process began it just now
+        return ""
     if process.returncode:
         last = said[-1] if said else f"exit status {process.returncode}"
         return last.removeprefix(f"{PROGRAM.name}: ")
