@@ -73,6 +73,7 @@ def search(rest: list[str]) -> None:
                 *columns.unsearched(FLAGS.column, method),
                 *point.split(),
                 "--notest",
+                "--alignment_every=0",
                 f"--runs_dir={_folder(point)}",
                 *rest,
             ],
