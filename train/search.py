@@ -4,8 +4,7 @@ From the root of the project:
 
     python train/search.py --column=mnist --data_dir=FOLDER --runs_dir=FOLDER
 
-Every method is given the same budget: one run of each point of the column's
-grid, with one seed and --epochs epochs. The point of least validation error is
+Every method is given the same budget: one run of each --point of a grid, with one seed and --epochs epochs. The point of least validation error is
 chosen; the test images are not looked at. Prints a table of the validation
 errors and, with --write, writes the flag files of the cells. Like
 reproduce.py, it goes on where it was, in several processes if need be.
@@ -26,14 +25,6 @@ from errors import UserError
 
 from keras_fa.methods import METHODS
 
-# The flags of main.py that a search tries together. The scale of B_0 and of
-# fixed maps is not among them: Adam's steps do not depend on it.
-GRID = (
-    "--learning_rate=0.001 --kernel_scale=1",
-    "--learning_rate=0.001 --kernel_scale=0.1",
-    "--learning_rate=0.0003 --kernel_scale=1",
-)
-
 FLAGS = flags.FlagValues()
 flags.DEFINE_enum(
     "column",
@@ -47,6 +38,14 @@ flags.DEFINE_list(
     "methods",
     None,
     "Rows of the table, separated by commas. By default all of the column's.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_multi_string(
+    "point",
+    ["--kernel_scale=1", "--kernel_scale=0.1"],
+    "A point of the grid: flags of main.py, separated by spaces. May be given "
+    "several times. (The scale of B_0 and of fixed maps makes no difference to "
+    "the steps of adam.)",
     flag_values=FLAGS,
 )
 flags.DEFINE_string(
@@ -79,7 +78,7 @@ def search(rest: list[str]) -> None:
             ],
         )
         for method in methods
-        for point in GRID
+        for point in FLAGS.point
     }
     try:
         sweep.run(list(jobs.values()))
@@ -99,12 +98,12 @@ def _folder(point: str) -> Path:
 
 def table(methods: list[str], results: dict) -> str:
     """The validation errors in percent, the least of each method marked."""
-    lines = [["validation error, %", *(f"`{point}`" for point in GRID)]]
+    lines = [["validation error, %", *(f"`{point}`" for point in FLAGS.point)]]
     lines.append(["---"] * len(lines[0]))
     for method in methods:
         best = choose(method, results)
         lines.append([method])
-        for point in GRID:
+        for point in FLAGS.point:
             found = results[method, point]
             text = f"{found['validation_error']:.2f}" if found else "-"
             lines[-1].append(f"**{text}**" if point == best else text)
@@ -115,7 +114,7 @@ def choose(method: str, results: dict) -> str | None:
     """The point of least validation error, the first one of equals."""
     errors = {
         point: results[method, point]["validation_error"]
-        for point in GRID
+        for point in FLAGS.point
         if results[method, point] is not None
     }
     return min(errors, key=errors.get) if errors else None
@@ -124,10 +123,10 @@ def choose(method: str, results: dict) -> str | None:
 def write(method: str, results: dict) -> None:
     """Writes the flag file of a cell."""
     best = choose(method, results)
-    missing = sum(results[method, point] is None for point in GRID)
+    missing = sum(results[method, point] is None for point in FLAGS.point)
     if missing:
         raise UserError(
-            f"{FLAGS.column} {method}: {missing} of {len(GRID)} points of the "
+            f"{FLAGS.column} {method}: {missing} of {len(FLAGS.point)} points of the "
             "grid have no result, so no flag file is written. Run the search "
             "to its end first."
         )
@@ -138,7 +137,7 @@ def write(method: str, results: dict) -> None:
         "table.",
         f"# Rate and scale by train/search.py: {found['epochs']} epoch(s), "
         f"seed {found['seed']}, validation",
-        f"# error {found['validation_error']:.2f} %, the least of {len(GRID)} "
+        f"# error {found['validation_error']:.2f} %, the least of {len(FLAGS.point)} "
         "points. The rest was not searched.",
         *columns.unsearched(FLAGS.column, method),
         *best.split(),

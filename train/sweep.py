@@ -6,6 +6,7 @@ processes can work on one sweep: a run that another one is at is passed over.
 
 import csv
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -82,6 +83,15 @@ def run(jobs: Sequence[Job]) -> None:
     Raises:
         UserError: At the end, if some of them failed.
     """
+    # A kill, too, is to end the run that is under way, and not orphan it.
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        _run(jobs)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _run(jobs: Sequence[Job]) -> None:
     failed: dict[str, str] = {}
     done = sum(result(job) is not None for job in jobs)
     print(f"{done} of {len(jobs)} runs are finished already.", flush=True)
