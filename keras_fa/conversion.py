@@ -20,6 +20,7 @@ STOP and SEND are identities in the forward pass: outputs do not change.
 import contextlib
 import copy
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -37,7 +38,9 @@ from keras_fa import layers as fa_layers
 from keras_fa import methods
 from keras_fa.layers.direct import SendError
 from keras_fa.layers.direct import StopError
-from keras_fa.layers.direct import size_per_example
+from keras_fa.layers.direct import check_feedback_maps
+from keras_fa.layers.direct import drawn_apart
+from keras_fa.layers.direct import map_between
 from keras_fa.layers.feedback import FeedbackLayer
 from keras_fa.layers.feedback import all_layers
 from keras_fa.layers.feedback import feedback_layers
@@ -57,15 +60,7 @@ _BY_NAME = {
     **{stock.__name__: stock for stock in _COUNTERPART},
     **{cls.__name__: stock for cls, stock in _STOCK.items()},
 }
-
-
-# The chained error of DenseFA follows the weights; the direct ones are random
-# and kept a good deal smaller, so that they add to it and do not drown it.
-# A fresh one for each source: an instance would repeat its draws.
-def _dense_fa_maps() -> keras.initializers.Initializer:
-    return keras.initializers.VarianceScaling(
-        scale=0.01, mode="fan_avg", distribution="uniform"
-    )
+_MAP_LAW = "glorot_uniform"
 
 
 def convert(
@@ -73,6 +68,7 @@ def convert(
     method: str | methods.Method,
     layers: Mapping[str | type, str | methods.Method] | None = None,
     skip: Iterable[str] = (),
+    feedback_maps: str = "dense",
 ) -> keras.Model:
     """The same model under another way to train it.
 
@@ -92,6 +88,13 @@ def convert(
         skip: Names of layers to leave as they are: layers with a kernel that
             have no FA counterpart (recurrent, attention, TimeDistributed, of
             one's own). Errors pass through them exactly. Default: none.
+        feedback_maps: What carries the direct errors of DFA and DenseFA, as
+            `keras_fa.layers.direct.SendError` says in full. "dense" (default):
+            a matrix `(size of source, size of receiver)` for each pair.
+            "convolutional" (our choice of a form that fits): 3x3 convolutions
+            from feature map to feature map and, from a vector, a matrix for
+            each place of a 4x4 grid, resized to the receiver: the memory of
+            kernels. The law is the method's `map_initializer`.
 
     Train it with the callbacks of the method, `METHODS[...].callbacks()`, and
     of the methods in `layers`: without StrictNormalization uSF SN is normalized
@@ -110,9 +113,11 @@ def convert(
     Raises:
         ValueError: If the model is neither Functional nor Sequential, is not
             built, has a layer with a kernel but without a counterpart that
-            `skip` does not name, or if a name is unknown; under DFA and
-            DenseFA also for nested models, several outputs, `layers`, and
-            maps that the machine's memory cannot hold.
+            `skip` does not name, or if a name is unknown, or if a method
+            without direct errors is given `feedback_maps`; under DFA and
+            DenseFA also for nested models, several outputs, `layers`, maps
+            that the machine's memory cannot hold (before they are made), and
+            convolutional maps for kernel layers that are channels_first.
 
     Source: Moskovitz et al. (2018) for the methods.
 
@@ -137,6 +142,13 @@ def convert(
     ```
     """
     method = methods.get(method)
+    check_feedback_maps(feedback_maps)
+    if method.wiring == "chain" and feedback_maps != "dense":
+        raise ValueError(
+            "`feedback_maps` are those of DFA and DenseFA. Received: "
+            f"feedback_maps={feedback_maps!r} with '{method.name}', whose "
+            "errors go from layer to layer. Leave `feedback_maps` out."
+        )
     _check_model(model)
     if any(isinstance(inner, _OURS) for inner in all_layers(model)):
         model = to_backprop(model)
@@ -144,7 +156,7 @@ def convert(
     others = _other_methods(model, layers)
     _check_layers(model, skip)
     if method.wiring != "chain":
-        return _convert_direct(model, method, others, skip)
+        return _convert_direct(model, method, others, skip, feedback_maps)
     for key, other in others.items():
         if other.wiring != "chain":
             raise ValueError(
@@ -240,7 +252,11 @@ def refresh(model: keras.Model) -> None:
 
 
 def _convert_direct(
-    model: keras.Model, method: methods.Method, others: dict, skip: set[str]
+    model: keras.Model,
+    method: methods.Method,
+    others: dict,
+    skip: set[str],
+    feedback_maps: str,
 ) -> keras.Model:
     """DFA and DenseFA."""
     if others:
@@ -261,6 +277,8 @@ def _convert_direct(
     kernels = {
         layer.name for layer in model.layers if type(layer) in _COUNTERPART
     }
+    if feedback_maps == "convolutional":
+        _check_channels_last(model, kernels)
     graph = Graph(model, kernels)
     direct = method.wiring == "direct"
     sends = {
@@ -276,7 +294,9 @@ def _convert_direct(
         and not _activates(model.get_layer(name), ("linear",))
         and (not direct or _activates(model.get_layer(name), TO_PROBABILITIES))
     }
-    _say_bytes(method, model, graph, sends)
+    _say_bytes(method, model, graph, sends, feedback_maps)
+    law = _own(keras.initializers.get(method.map_initializer or _MAP_LAW))
+    laws = {source: drawn_apart(law, i) for i, source in enumerate(sends)}
     clones, taps, activations = {}, {}, {}
     taken = {operation.name for operation in model.operations}
 
@@ -304,7 +324,8 @@ def _convert_direct(
             send = sends[node]
             outputs = SendError(
                 [_label(receiver) for receiver in send.receivers],
-                "glorot_uniform" if direct else _dense_fa_maps(),
+                laws[node],
+                feedback_maps,
                 name=free(f"{_label(node)}_send_error"),
             )([outputs, *(taps[tap] for tap in send.taps)])
         if layer.name in activations:
@@ -328,40 +349,55 @@ def _say_bytes(
     model: keras.Model,
     graph: Graph,
     sends: dict[Node, Send],
+    feedback_maps: str,
 ) -> None:
     """Logs the size of the maps that are about to be made.
 
     Raises:
         ValueError: If the machine's memory cannot hold them.
     """
-    sizes = {}
+    shapes = {}
 
     def record(node, layer, *args, **kwargs):
         outputs = layer(*args, **kwargs)
-        sizes[node] = getattr(outputs, "shape", None)
+        shapes[node] = getattr(outputs, "shape", None)
         return outputs
 
-    needed = {n for send in sends.values() for n in (send.source, *send.taps)}
     _clone(model, _again, {}, _by_node(graph, record), graph)
-    sizes = {node: size_per_example(sizes[node]) for node in needed}
-    maps = [
-        sizes[send.source] * sizes[tap]
+    pairs = [
+        (shapes[send.source], shapes[tap])
         for send in sends.values()
         for tap in send.taps
     ]
-    size = 4 * sum(maps)
+    weight = np.dtype(keras.config.dtype_policy().variable_dtype).itemsize
+
+    def size(kind):
+        return weight * sum(
+            math.prod(map_between(*pair, kind).kernel_shape) for pair in pairs
+        )
+
     needs = (
-        f"{method.title}: {len(maps)} fixed random maps for model "
-        f"'{model.name}' need {size:,} bytes ({size / 2**20:,.1f} MiB)"
+        f"{method.title}: {len(pairs)} fixed random {feedback_maps} maps for "
+        f"model '{model.name}' need {_in_words(size(feedback_maps))}"
     )
     memory = _machine_memory()
-    if memory is not None and size > memory:
+    if memory is not None and size(feedback_maps) > memory:
+        fitting = ""
+        if feedback_maps == "dense":
+            fitting = (
+                "feedback_maps='convolutional', which needs "
+                f"{_in_words(size('convolutional'))}, "
+            )
         raise ValueError(
-            f"{needs}, and this machine has {memory / 2**20:,.0f} MiB. Use a "
-            "smaller model, or a method without such maps, for example "
-            "'fa_usf_sn'."
+            f"{needs}, and this machine has {memory / 2**20:,.0f} MiB. Use "
+            f"{fitting}a smaller model, or a method without such maps, for "
+            "example 'fa_usf_sn'."
         )
     logging.getLogger("keras_fa").warning("%s.", needs)
+
+
+def _in_words(size: int) -> str:
+    return f"{size:,} bytes ({size / 2**20:,.1f} MiB)"
 
 
 def _machine_memory() -> int | None:
@@ -500,10 +536,21 @@ def _counterpart(
         )
     return cls(
         **config,
-        feedback_initializer=copy.copy(method.feedback_initializer),
+        feedback_initializer=_own(method.feedback_initializer),
         feedback_regularizer=copy.copy(method.feedback_regularizer),
         feedback_constraint=copy.copy(method.feedback_constraint),
     )
+
+
+def _own(initializer: Any) -> Any:
+    """A method's initializer for one layer: without a seed it draws anew.
+
+    Keras gives an initializer without a seed one of its own, which a copy
+    would repeat; one that was given a seed is to keep it.
+    """
+    if isinstance(getattr(initializer, "seed", None), int):
+        return initializer.clone()
+    return copy.copy(initializer)
 
 
 def _stock(layer: Any) -> Any:
@@ -600,6 +647,23 @@ def _check_layers(model: keras.Model, skip: set[str]) -> None:
                 f"skip=[{name!r}] to leave it as it is: errors pass through "
                 "it exactly."
             )
+
+
+def _check_channels_last(model: keras.Model, kernels: set[str]) -> None:
+    """Refuses kernel layers whose maps are `(channels, *places)`."""
+    first = [
+        layer.name
+        for layer in model.layers
+        if layer.name in kernels
+        and getattr(layer, "data_format", None) == "channels_first"
+    ]
+    if first:
+        raise ValueError(
+            "Convolutional feedback maps need layers that are channels_last. "
+            f"Received: channels_first layers {', '.join(first)} in "
+            f"'{model.name}'. Build it with data_format='channels_last', or "
+            "use feedback_maps='dense'."
+        )
 
 
 def _other_methods(

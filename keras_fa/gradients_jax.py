@@ -64,10 +64,13 @@ def is_sparse(inputs: Any) -> bool:
 
 
 def send_error(
-    source: jax.Array, receivers: Sequence[jax.Array], maps: Sequence[Any]
+    source: jax.Array,
+    receivers: Sequence[jax.Array],
+    maps: Sequence[Any],
+    carry: Sequence[Callable[[jax.Array, jax.Array], jax.Array]],
 ) -> jax.Array:
     """The identity on `source`, whose error also goes to the receivers."""
-    likes = [(receiver.shape, receiver.dtype) for receiver in receivers]
+    dtypes = [receiver.dtype for receiver in receivers]
 
     @jax.custom_vjp
     def identity(source, receivers, maps):
@@ -77,10 +80,9 @@ def send_error(
         return source, maps
 
     def send(maps, e):
-        flat = e.reshape(e.shape[0], -1)
         errors = [
-            (flat @ b.astype(e.dtype)).reshape(shape).astype(dtype)
-            for b, (shape, dtype) in zip(maps, likes)
+            to(e, b.astype(e.dtype)).astype(dtype)
+            for to, b, dtype in zip(carry, maps, dtypes)
         ]
         return e, errors, None
 

@@ -97,18 +97,22 @@ def _record(
 
 
 def send_error(
-    source: tf.Tensor, receivers: Sequence[tf.Tensor], maps: Sequence[tf.Tensor]
+    source: tf.Tensor,
+    receivers: Sequence[tf.Tensor],
+    maps: Sequence[tf.Tensor],
+    carry: Sequence[Callable[[tf.Tensor, tf.Tensor], tf.Tensor]],
 ) -> tf.Tensor:
     """The identity on `source`, whose error also goes to the receivers.
 
-    With `e` the error that arrives at the output, flattened per example to
-    `(batch, size)`, `source` receives `e` and receiver l receives `e B_l`.
+    With `e` the error that arrives at the output, `source` receives `e` and
+    receiver l receives `carry_l(e, B_l)`.
 
     Args:
         source: A tensor of shape `(batch, ...)`.
         receivers: Tensors of shape `(batch, ...)`.
-        maps: For each receiver a matrix B_l of shape `(size of source,
-            size of receiver)`, sizes per example. They receive no gradient.
+        maps: For each receiver a kernel B_l. They receive no gradient.
+        carry: For each receiver a function of `e` and B_l, both of the dtype
+            of `e`, that returns an error of the receiver's shape.
 
     Returns:
         `source`, unchanged.
@@ -117,16 +121,10 @@ def send_error(
 
     @tf.custom_gradient
     def op(source, *tensors):
-        shapes = [tf.shape(receiver) for receiver in tensors[:n]]
-
         def gradient(e):
-            flat = tf.reshape(e, [tf.shape(e)[0], -1])
             errors = [
-                tf.cast(
-                    tf.reshape(tf.matmul(flat, tf.cast(b, e.dtype)), shape),
-                    receiver.dtype,
-                )
-                for receiver, b, shape in zip(tensors, tensors[n:], shapes)
+                tf.cast(to(e, tf.cast(b, e.dtype)), receiver.dtype)
+                for to, receiver, b in zip(carry, tensors, tensors[n:])
             ]
             return e, *errors, *[None] * n
 

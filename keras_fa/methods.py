@@ -1,8 +1,11 @@
-"""The rows of the paper's table, as values.
+"""The rows of the paper's table and a control of ours, as values.
 
 `METHODS` maps the name of a row to a `Method`: how feedback starts, the rule
 that makes B of it, what constrains the forward kernel, which callbacks it
 needs, and how errors are wired. `keras_fa.convert` reads it.
+
+"bp_ei" is not in the paper: backpropagation under the fixed signs of the E/I
+rows tells what the signs cost by themselves.
 
 ```python
 from keras_fa.methods import METHODS
@@ -34,6 +37,21 @@ from keras_fa.regularizers import Alignment
 class Method:
     """A way to train: one row of the paper's table.
 
+    Of one's own: by its arguments, or from a row of `METHODS`.
+
+    ```python
+    import dataclasses
+    from keras_fa.methods import METHODS
+
+    # DenseFA whose next layer's path is FA.
+    method = dataclasses.replace(
+        METHODS["dense_fa"],
+        feedback_initializer=None,
+        feedback_constraint=None,
+        callback_classes=(),
+    )
+    ```
+
     Attributes:
         name: The name in `METHODS`.
         title: The row's title in the paper.
@@ -45,6 +63,10 @@ class Method:
         kernel_constraint: Added to the layer's own kernel constraint.
         wiring: `"chain"`: errors go down layer by layer. `"direct"`: DFA.
             `"dense"`: DenseFA.
+        map_initializer: The law of the fixed random maps of DFA and DenseFA,
+            each drawn independently: a Keras initializer or its name. `None`
+            is Glorot uniform. An instance without a seed draws anew in each
+            conversion.
         callback_classes: What `callbacks()` makes.
     """
 
@@ -57,6 +79,7 @@ class Method:
     feedback_regularizer: Any = None
     kernel_constraint: Any = None
     wiring: str = "chain"
+    map_initializer: Any = None
     callback_classes: tuple[Callable[[], keras.callbacks.Callback], ...] = ()
 
     def callbacks(self) -> list[keras.callbacks.Callback]:
@@ -133,6 +156,7 @@ METHODS: dict[str, Method] = {
             standing="Nokland (2016)",
             feedback_constraint=TiedKernel(),
             wiring="direct",
+            map_initializer="glorot_uniform",
         ),
         Method(
             name="dense_fa",
@@ -143,6 +167,11 @@ METHODS: dict[str, Method] = {
             feedback_initializer="constant",
             feedback_constraint=SignConcordance(),
             wiring="dense",
+            # The chained error follows the weights; those of the maps are
+            # kept a good deal smaller, to add to it and not to drown it.
+            map_initializer=keras.initializers.VarianceScaling(
+                scale=0.01, mode="fan_avg", distribution="uniform"
+            ),
             callback_classes=(StrictNormalization,),
         ),
         Method(
@@ -170,6 +199,14 @@ METHODS: dict[str, Method] = {
             feedback_initializer="constant",
             feedback_constraint=SignConcordance(),
             kernel_constraint=Chain([FixedSign(), ConstantNorm()]),
+        ),
+        Method(
+            name="bp_ei",
+            title="BP E/I",
+            definition="B = W, each weight keeps the sign of W_0",
+            standing="our control",
+            feedback_constraint=TiedKernel(),
+            kernel_constraint=FixedSign(),
         ),
     )
 }

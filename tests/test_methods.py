@@ -26,6 +26,7 @@ ROWS = {
     "bp_const": "BP Const.",
     "fa_usf_const": "FA-uSF Const.",
     "fa_usf_const_ei": "FA-uSF Const. E/I",
+    "bp_ei": "BP E/I",
 }
 OURS = {
     "bp_noise",
@@ -86,6 +87,8 @@ def test_what_the_definition_says_holds_after_training(method: str) -> None:
     assert not np.array_equal(kernel, start)
     if method in ("bp", "bp_const", "bp_alignment", "dfa"):
         assert np.array_equal(feedback, kernel)
+    if method == "bp_ei":  # its zeros have signs
+        np.testing.assert_allclose(feedback, kernel, rtol=0, atol=2e-38)
     if method == "fa":
         assert np.array_equal(feedback, layer.feedback_kernel)
     if "init" in method:

@@ -1,5 +1,7 @@
 """Errors that leave the chain: what DFA and DenseFA insert into a model."""
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +11,8 @@ from keras import ops
 
 from keras_fa import gradients
 from keras_fa import initializers
+
+FEEDBACK_MAPS = ("dense", "convolutional")
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")
@@ -47,23 +51,54 @@ class SendError(keras.layers.Layer):
     """The identity on a tensor whose error also goes to other tensors.
 
     Called as `SendError(names)([source, *receivers])`, it returns `source`.
-    With e the error at its output, flattened per example, `source` receives e
-    and receiver l receives `e B_l`, where B_l is a fixed random matrix of
-    shape `(size of source, size of receiver)`, a non-trainable weight.
+    With e the error at its output, `source` receives e and receiver l receives
+    `M_l e`, where M_l is a fixed random linear map whose kernel is a
+    non-trainable weight. With n and N the sizes per example of source and
+    receiver, and maps channels last:
+
+    | `feedback_maps` | source | receiver | kernel | `M_l e` |
+    |---|---|---|---|---|
+    | "dense" | any | any | (n, N) | `e B`, on e flattened |
+    | "convolutional" | any | vector | (n, N) | the same |
+    | | (h, w, c) | (H, W, C) | (k, k, c, C) | `resize(conv(e, B))` |
+    | | any other | (H, W, C) | (g, g, n, C) | `resize(e B)` on a g x g grid |
+
+    conv has stride 1 and "same" padding. resize is by nearest neighbour to
+    (H, W), value i of H being value `floor(i h / H)` of h, and all values are
+    multiplied with `sqrt(places before / places after)`: copying leaves the
+    norm of the error what it was. Maps with one or three dimensions of space
+    are treated alike.
+
+    So with a law of the variance `scale * 2 / (fan_in + fan_out)`, such as
+    Glorot's (scale 1), the expected `||M_l e||^2 / ||e||^2` is
+    `scale * 2 N / (n + N)` for dense maps and (but for what the convolution
+    loses at the borders) `scale * 2 C / (c + C)` for convolutional ones, with
+    n for c where the source is not such a map: not the same, but of one order
+    where channels are not far fewer than they are at the source.
 
     Args:
         receivers: The names of the receivers, one for each.
-        feedback_initializer: The law of each B_l, drawn independently of the
-            others. Default "glorot_uniform" (our choice).
+        feedback_initializer: The law of each kernel, drawn at the kernel's own
+            shape and independently of the others. Default "glorot_uniform"
+            (our choice).
+        feedback_maps: "dense" (default) or "convolutional".
+        kernel_size: k, of convolutional maps in each dimension of space.
+            Default 3 (our choice).
+        grid_size: g, how finely an error without places varies over a
+            receiver; less where the receiver is smaller. Default 4 (our
+            choice: of the maps that fit it is one that varies at all, is
+            there from the start, and needs no random numbers in the step).
 
     Input shape: a list of tensors `(batch, ...)`, static but for the batch.
     Output shape: that of the first.
 
     Raises:
-        ValueError: If the number of tensors is not that of the names, or a
-            size is not known.
+        ValueError: If `feedback_maps` is unknown, `kernel_size` or `grid_size`
+            is no positive integer, the number of tensors is not that of the
+            names, or a size is not known.
 
-    Source: Nokland (2016), direct feedback alignment.
+    Source: Nokland (2016), direct feedback alignment, for dense maps. The
+    convolutional ones are ours.
 
     Example:
 
@@ -71,10 +106,14 @@ class SendError(keras.layers.Layer):
     import numpy as np
     from keras_fa.layers.direct import SendError
 
+    logits = np.ones((2, 3), "float32")
+    hidden = np.ones((2, 8, 8, 5), "float32")
     send = SendError(["hidden"])
-    logits, hidden = np.ones((2, 3), "float32"), np.ones((2, 5), "float32")
     assert np.array_equal(send([logits, hidden]), logits)
-    assert send.maps[0].shape == (3, 5)
+    assert send.maps[0].shape == (3, 8 * 8 * 5)
+    send = SendError(["hidden"], feedback_maps="convolutional")
+    assert np.array_equal(send([logits, hidden]), logits)
+    assert send.maps[0].shape == (4, 4, 3, 5)
     ```
     """
 
@@ -82,13 +121,29 @@ class SendError(keras.layers.Layer):
         self,
         receivers: Sequence[str],
         feedback_initializer: Any = "glorot_uniform",
+        feedback_maps: str = "dense",
+        kernel_size: int = 3,
+        grid_size: int = 4,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        check_feedback_maps(feedback_maps)
+        for name, size in (
+            ("kernel_size", kernel_size),
+            ("grid_size", grid_size),
+        ):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(
+                    f"`{name}` of SendError '{self.name}' is a positive "
+                    f"integer. Received: {name}={size!r}"
+                )
         self.autocast = False  # whatever the dtype of what it stands behind
         self.supports_masking = True
         self.receivers = list(receivers)
         self.feedback_initializer = keras.initializers.get(feedback_initializer)
+        self.feedback_maps = feedback_maps
+        self.kernel_size = kernel_size
+        self.grid_size = grid_size
 
     def build(self, input_shape: Any) -> None:
         source, *receivers = input_shape
@@ -97,17 +152,25 @@ class SendError(keras.layers.Layer):
                 f"SendError '{self.name}' has {len(self.receivers)} names of "
                 f"receivers. Received: {len(receivers)} receivers."
             )
+        self._carriers = [
+            map_between(
+                source,
+                receiver,
+                self.feedback_maps,
+                self.kernel_size,
+                self.grid_size,
+            )
+            for receiver in receivers
+        ]
         self.maps = [
             self.add_weight(
-                shape=(size_per_example(source), size_per_example(shape)),
-                initializer=initializers.reseeded(
-                    self.feedback_initializer, index
-                ),
+                shape=carry.kernel_shape,
+                initializer=drawn_apart(self.feedback_initializer, index),
                 trainable=False,
                 name=f"feedback_{name}",
             )
-            for index, (name, shape) in enumerate(
-                zip(self.receivers, receivers)
+            for index, (name, carry) in enumerate(
+                zip(self.receivers, self._carriers)
             )
         ]
 
@@ -115,7 +178,9 @@ class SendError(keras.layers.Layer):
         source, *receivers = inputs
         if gradients.in_backpropagation():
             return source
-        return gradients.send_error(source, receivers, self.maps)
+        return gradients.send_error(
+            source, receivers, self.maps, self._carriers
+        )
 
     def compute_output_spec(self, inputs: Any) -> Any:
         return keras.KerasTensor(inputs[0].shape, dtype=inputs[0].dtype)
@@ -134,18 +199,176 @@ class SendError(keras.layers.Layer):
             "feedback_initializer": keras.initializers.serialize(
                 self.feedback_initializer
             ),
+            "feedback_maps": self.feedback_maps,
+            "kernel_size": self.kernel_size,
+            "grid_size": self.grid_size,
         }
 
 
-def size_per_example(shape: tuple) -> int:
-    """The number of values per example of a tensor of shape `(batch, ...)`.
+@dataclasses.dataclass(frozen=True)
+class DenseMap:
+    """Carries an error by a matrix: `e B`, on e flattened per example.
+
+    Called with an error `(batch, *source)` and the kernel, it returns the
+    error `(batch, *receiver)`.
+
+    Attributes:
+        source: The shape of the source's error per example.
+        receiver: The shape of the receiver's.
+    """
+
+    source: tuple[int, ...]
+    receiver: tuple[int, ...]
+
+    @property
+    def kernel_shape(self) -> tuple[int, int]:
+        """`(size of source, size of receiver)`."""
+        return math.prod(self.source), math.prod(self.receiver)
+
+    def __call__(self, error: Any, kernel: Any) -> Any:
+        batch = ops.shape(error)[0]
+        flat = ops.reshape(error, (batch, self.kernel_shape[0]))
+        return ops.reshape(ops.matmul(flat, kernel), (batch, *self.receiver))
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvolutionalMap:
+    """Carries an error from map to map: `resize(conv(e, B))`.
+
+    The convolution is done at the source's resolution, the smaller one as a
+    rule.
+
+    Attributes:
+        source: `(*places, channels)` of the source.
+        receiver: `(*places, channels)` of the receiver, with as many places.
+        kernel_size: In each dimension of space.
+    """
+
+    source: tuple[int, ...]
+    receiver: tuple[int, ...]
+    kernel_size: int
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """`(*kernel sizes, channels of source, channels of receiver)`."""
+        window = (self.kernel_size,) * (len(self.source) - 1)
+        return *window, self.source[-1], self.receiver[-1]
+
+    def __call__(self, error: Any, kernel: Any) -> Any:
+        error = ops.reshape(error, (ops.shape(error)[0], *self.source))
+        error = ops.conv(
+            error, kernel, padding="same", data_format="channels_last"
+        )
+        return _resize(error, self.source[:-1], self.receiver[:-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class GridMap:
+    """Carries an error without places to a map: `resize(e B)`.
+
+    Each place of a coarse grid over the receiver has a matrix of its own: e is
+    a map of one place, and B the kernel of a transposed convolution.
+
+    Attributes:
+        source: The shape of the source's error per example.
+        receiver: `(*places, channels)` of the receiver.
+        grid_size: Places of the grid in each dimension of space, at most.
+    """
+
+    source: tuple[int, ...]
+    receiver: tuple[int, ...]
+    grid_size: int
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The places of the grid: no more than the receiver has."""
+        return tuple(min(self.grid_size, n) for n in self.receiver[:-1])
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """`(*grid, size of source, channels of receiver)`."""
+        return *self.grid, math.prod(self.source), self.receiver[-1]
+
+    def __call__(self, error: Any, kernel: Any) -> Any:
+        size = math.prod(self.source)
+        flat = ops.reshape(error, (ops.shape(error)[0], size))
+        error = ops.tensordot(flat, kernel, axes=[[1], [len(self.grid)]])
+        return _resize(error, self.grid, self.receiver[:-1])
+
+
+def map_between(
+    source: tuple,
+    receiver: tuple,
+    feedback_maps: str,
+    kernel_size: int = 3,
+    grid_size: int = 4,
+) -> DenseMap | ConvolutionalMap | GridMap:
+    """What carries an error between tensors of two shapes.
+
+    Args:
+        source: Shape `(batch, ...)` of the tensor whose error is sent.
+        receiver: Shape `(batch, ...)` of the tensor that receives it.
+        feedback_maps: As the argument of `SendError`.
+        kernel_size: As the argument of `SendError`.
+        grid_size: As the argument of `SendError`.
+
+    Returns:
+        A function of an error `(batch, *source)` and a kernel of its
+        `kernel_shape`. No weight is made.
 
     Raises:
         ValueError: If a dimension after the first is not known.
     """
+    source, receiver = _per_example(source), _per_example(receiver)
+    if feedback_maps == "dense" or len(receiver) < 2:
+        return DenseMap(source, receiver)
+    if len(source) == len(receiver):
+        return ConvolutionalMap(source, receiver, kernel_size)
+    return GridMap(source, receiver, grid_size)
+
+
+def drawn_apart(initializer: Any, stream: int) -> Any:
+    """The same law for one of several maps: no two of them draw the same.
+
+    Args:
+        initializer: A Keras initializer.
+        stream: Integer, another one for each map.
+
+    Returns:
+        An initializer; the same one if it has no seed to draw by.
+    """
+    if getattr(initializer, "seed", None) is None:
+        return initializer
+    return initializers.reseeded(initializer, stream)
+
+
+def check_feedback_maps(feedback_maps: Any) -> None:
+    """Refuses a kind of maps that there is not.
+
+    Raises:
+        ValueError: If it is neither "dense" nor "convolutional".
+    """
+    if feedback_maps not in FEEDBACK_MAPS:
+        raise ValueError(
+            "`feedback_maps` is 'dense' or 'convolutional'. Received: "
+            f"feedback_maps={feedback_maps!r}"
+        )
+
+
+def _per_example(shape: tuple) -> tuple[int, ...]:
     if None in shape[1:]:
         raise ValueError(
             "A fixed feedback map needs static shapes. Received: a tensor of "
             f"shape {tuple(shape)}. Give the model an Input of fixed size."
         )
-    return int(np.prod(shape[1:]))
+    return tuple(shape[1:])
+
+
+def _resize(error: Any, before: tuple[int, ...], after: tuple[int, ...]) -> Any:
+    """Nearest neighbours, `(batch, *places, channels)`; keeps the norm."""
+    error = error * math.sqrt(math.prod(before) / math.prod(after))
+    for axis, (old, new) in enumerate(zip(before, after), start=1):
+        if old != new:
+            nearest = np.arange(new) * old // new
+            error = ops.take(error, nearest, axis=axis)
+    return error
