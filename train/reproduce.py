@@ -63,12 +63,22 @@ def jobs(rest: list[str]) -> list[sweep.Job]:
     ]
 
 
+def reproduce(rest: list[str]) -> None:
+    """Runs what is missing."""
+    failed = sweep.run(jobs(rest))
+    if failed:
+        raise UserError(
+            f"{len(failed)} runs failed: "
+            + "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        )
+
+
 def run(argv: list[str]) -> int:
     """Runs the program on a command line and returns its exit status."""
     return commandline.run(
         argv,
         FLAGS,
-        lambda rest: sweep.run(jobs(rest)),
+        reproduce,
         __doc__,
         "The same command goes on from here.",
         others=True,

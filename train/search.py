@@ -4,10 +4,11 @@ From the root of the project:
 
     python train/search.py --column=mnist --data_dir=FOLDER --runs_dir=FOLDER
 
-Every method is given the same budget: one run of each --point of a grid, with one seed and --epochs epochs. The point of least validation error is
-chosen; the test images are not looked at. Prints a table of the validation
-errors and, with --write, writes the flag files of the cells. Like
-reproduce.py, it goes on where it was, in several processes if need be.
+Every method is given the same budget: one run of each --point of a grid, with
+one seed and --epochs epochs. The point of least validation error is chosen; the
+test images are not looked at. Prints a table of the validation errors and, with
+--write, writes the flag files of the cells. Like reproduce.py, it goes on where
+it was, in several processes if need be.
 """
 
 import startup  # noqa: F401 - before anything imports Keras
@@ -80,12 +81,20 @@ def search(rest: list[str]) -> None:
         for method in methods
         for point in FLAGS.point
     }
-    try:
-        sweep.run(list(jobs.values()))
-    except UserError as failures:  # a point at which a method diverges
-        print(failures)
+    failed = sweep.run(list(jobs.values()))
+    missing = [
+        job.name
+        for job in jobs.values()
+        if sweep.result(job) is None and job.name not in failed
+    ]
     results = {cell: sweep.result(job) for cell, job in jobs.items()}
     print(table(methods, results))
+    if FLAGS.write and missing:
+        raise UserError(
+            f"No flag file is written before the search is at its end; "
+            f"{len(missing)} runs are missing: {', '.join(missing)}. Give the "
+            "same command again."
+        )
     if FLAGS.write:
         for method in methods:
             write(method, results)
@@ -105,7 +114,7 @@ def table(methods: list[str], results: dict) -> str:
         lines.append([method])
         for point in FLAGS.point:
             found = results[method, point]
-            text = f"{found['validation_error']:.2f}" if found else "-"
+            text = f"{found['validation_error']:.2f}" if found else "none"
             lines[-1].append(f"**{text}**" if point == best else text)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -123,22 +132,20 @@ def choose(method: str, results: dict) -> str | None:
 def write(method: str, results: dict) -> None:
     """Writes the flag file of a cell."""
     best = choose(method, results)
-    missing = sum(results[method, point] is None for point in FLAGS.point)
-    if missing:
+    if best is None:
         raise UserError(
-            f"{FLAGS.column} {method}: {missing} of {len(FLAGS.point)} points of the "
-            "grid have no result, so no flag file is written. Run the search "
-            "to its end first."
+            f"{FLAGS.column} {method}: every --point failed, so no flag file "
+            "is written. Give other points."
         )
     found = results[method, best]
     file = commandline.FLAGFILES / f"{FLAGS.column}_{method}.flags"
     lines = [
         f"# {METHODS[method].title}, column {FLAGS.column} of the paper's "
         "table.",
-        f"# Rate and scale by train/search.py: {found['epochs']} epoch(s), "
-        f"seed {found['seed']}, validation",
-        f"# error {found['validation_error']:.2f} %, the least of {len(FLAGS.point)} "
-        "points. The rest was not searched.",
+        f"# Searched: {best}, of least validation error "
+        f"({found['validation_error']:.2f} %,",
+        f"# {found['epochs']} epoch(s), seed {found['seed']}) among "
+        f"{' | '.join(FLAGS.point)}.",
         *columns.unsearched(FLAGS.column, method),
         *best.split(),
     ]

@@ -21,7 +21,6 @@ import commandline
 import main
 import runs
 from errors import Busy
-from errors import UserError
 
 PROGRAM = Path(main.__file__)
 POLL_SECONDS = 1.0
@@ -77,21 +76,21 @@ def result(job: Job) -> dict[str, Any] | None:
         return None
 
 
-def run(jobs: Sequence[Job]) -> None:
+def run(jobs: Sequence[Job]) -> dict[str, str]:
     """Does all jobs that no other process is at or has done.
 
-    Raises:
-        UserError: At the end, if some of them failed.
+    Returns:
+        Why jobs failed, by their names.
     """
     # A kill, too, is to end the run that is under way, and not orphan it.
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        _run(jobs)
+        return _run(jobs)
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _run(jobs: Sequence[Job]) -> None:
+def _run(jobs: Sequence[Job]) -> dict[str, str]:
     failed: dict[str, str] = {}
     done = sum(result(job) is not None for job in jobs)
     print(f"{done} of {len(jobs)} runs are finished already.", flush=True)
@@ -108,15 +107,11 @@ def _run(jobs: Sequence[Job]) -> None:
         for job in jobs
         if result(job) is None and job.name not in failed
     ]
-    if failed:
-        raise UserError(
-            f"{len(failed)} of {len(jobs)} runs failed: "
-            + "; ".join(f"{name}: {reason}" for name, reason in failed.items())
-        )
     if missing:
         print(f"Other processes are at {', '.join(missing)}.")
-    else:
+    elif not failed:
         print(f"All {len(jobs)} runs are finished.")
+    return failed
 
 
 def _do(job: Job, jobs: Sequence[Job]) -> str:
