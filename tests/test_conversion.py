@@ -1,6 +1,7 @@
 """`convert` and `to_backprop`: the same model under another method."""
 
 import copy
+import dataclasses
 import json
 import os
 import pickle
@@ -713,6 +714,43 @@ def test_a_method_of_ones_own() -> None:
     model = convert(sequential(), method)
     feedback = model.get_layer("hidden").effective_feedback_kernel()
     assert np.array_equal(feedback, np.full_like(feedback, 0.1))
+
+
+def test_dense_fa_whose_chain_is_fa() -> None:
+    method = dataclasses.replace(
+        METHODS["dense_fa"],
+        feedback_initializer=None,
+        feedback_constraint=None,
+        callback_classes=(),
+    )
+    model = convert(sequential(), method)
+    assert set(rules(model).values()) == {""}
+    layer = model.get_layer("hidden")
+    feedback = layer.effective_feedback_kernel()
+    assert np.array_equal(feedback, layer.feedback_kernel)
+    assert not np.array_equal(feedback, layer.kernel)
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_an_initializer_of_a_method_draws_for_each_layer(
+    seed: int | None,
+) -> None:
+    """One that was given a seed keeps it, as in Keras."""
+    law = keras.initializers.HeNormal(seed=seed)
+    method = dataclasses.replace(METHODS["fa"], feedback_initializer=law)
+    stock = keras.Sequential(
+        [keras.Input((16,))] + [layers.Dense(16, name=name) for name in "ab"]
+    )
+    first, second = (
+        [np.array(layer.feedback_kernel) for layer in model.layers]
+        for model in (convert(stock, method), convert(stock, method))
+    )
+    for one, other in ((first[0], first[1]), (first[0], second[0])):
+        same = seed is not None
+        assert np.array_equal(one, other) == same
+        assert (
+            abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) > 0.5
+        ) == same
 
 
 # Layers without a counterpart ----------------------------------------------

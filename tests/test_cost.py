@@ -132,17 +132,33 @@ def test_chained_feedback_needs_no_more_than_backpropagation(method):
     assert counted(convert(network(), method), method) == BACKPROPAGATION
 
 
-def test_dfa_has_no_chained_input_gradients():
+@pytest.mark.parametrize("form", ["dense", "convolutional"])
+def test_dfa_has_no_chained_input_gradients(form):
     # Each hidden layer's error is one product with e.
     wanted = Counter(conv=2 * CONVOLUTIONS, matmul=2 * DENSE + KERNELS - 1)
-    assert counted(convert(network(), "dfa"), "dfa") == wanted
+    model = convert(network(), "dfa", feedback_maps=form)
+    assert counted(model, "dfa") == wanted
 
 
-def test_dense_fa_adds_a_product_for_each_pair_of_layers():
-    # From each kernel layer to all that are further down than the next.
+@pytest.mark.parametrize("form", ["dense", "convolutional"])
+def test_dense_fa_adds_a_product_for_each_pair_of_layers(form):
+    # From each kernel layer to all that are further down than the next. The
+    # two convolutions are neighbours: no map goes from one to the other.
     pairs = (KERNELS - 1) * (KERNELS - 2) // 2
     wanted = BACKPROPAGATION + Counter(matmul=pairs)
-    assert counted(convert(network(), "dense_fa"), "dense_fa") == wanted
+    model = convert(network(), "dense_fa", feedback_maps=form)
+    assert counted(model, "dense_fa") == wanted
+
+
+def test_dense_fa_adds_a_convolution_from_map_to_map():
+    stock = keras.Sequential(
+        [keras.Input((12, 12, 3))]
+        + [layers.Conv2D(c, 3) for c in (8, 16, 8)]
+        + [layers.Flatten(), layers.Dense(10)]
+    )
+    model = convert(stock, "dense_fa", feedback_maps="convolutional")
+    wanted = counted(stock) + Counter(conv=1, matmul=2)
+    assert counted(model, "dense_fa") == wanted
 
 
 @pytest.mark.parametrize(
