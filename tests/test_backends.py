@@ -33,6 +33,12 @@ OWN = keras.backend.backend()
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(4, 8, 8, 3)).astype("float32")
 Y = RNG.normal(size=(4, 3)).astype("float32")
+# Method and feedback maps.
+CASES = {
+    **{name: (name, "dense") for name in METHODS},
+    "dfa_convolutional": ("dfa", "convolutional"),
+    "dense_fa_convolutional": ("dense_fa", "convolutional"),
+}
 MISSING = [name for name in BACKENDS if not importlib.util.find_spec(name)]
 needs_both = pytest.mark.skipif(
     bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"
@@ -73,22 +79,22 @@ def seen(model: keras.Model) -> dict[str, np.ndarray]:
     return found
 
 
-def trained(model: keras.Model, method: str) -> dict[str, np.ndarray]:
+def trained(model: keras.Model, case: str) -> dict[str, np.ndarray]:
     """A model's weights after one update of SGD, inside `fit`."""
     model.compile(keras.optimizers.SGD(0.5), "mse")
-    callbacks = METHODS[method].callbacks()
+    callbacks = METHODS[CASES[case][0]].callbacks()
     model.fit(X, Y, batch_size=4, verbose=0, callbacks=callbacks)
     return {weight.path: array(weight) for weight in model.weights}
 
 
 def write(folder: Path) -> None:
-    """Saves a model of each method whose kernels are not those of its start."""
-    for method in METHODS:
+    """Saves a model of each case whose kernels are not those of its start."""
+    for case, (method, form) in CASES.items():
         keras.utils.set_random_seed(1)
-        model = convert(network(), method)
+        model = convert(network(), method, feedback_maps=form)
         for seed, weight in enumerate(model.trainable_weights):
             weight.assign(weight + 0.1 * normal(weight.shape, seed))
-        model.save(folder / f"{OWN}-{method}.keras")
+        model.save(folder / f"{OWN}-{case}.keras")
 
 
 def read(folder: Path, writer: str) -> None:
@@ -96,12 +102,12 @@ def read(folder: Path, writer: str) -> None:
 
     They are trained, too, where they are TensorFlow's, the reference.
     """
-    for method in METHODS:
-        name = f"{writer}-{method}"
+    for case in CASES:
+        name = f"{writer}-{case}"
         model = keras.models.load_model(folder / f"{name}.keras")
         np.savez(folder / f"{name}-on-{OWN}.npz", **seen(model))
         if writer == "tensorflow":
-            weights = trained(model, method)
+            weights = trained(model, case)
             np.savez(folder / f"{name}-trained-on-{OWN}.npz", **weights)
 
 
@@ -145,29 +151,29 @@ def compare(folder: Path, name: str, drawn: Callable[[str], bool]) -> None:
 
 
 @needs_both
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("writer", BACKENDS)
 def test_models_of_one_backend_are_the_same_on_the_other(
-    method: str, writer: str, folder: Path
+    case: str, writer: str, folder: Path
 ) -> None:
-    noisy = method == "bp_noise"
+    noisy = case == "bp_noise"
     compare(
         folder,
-        f"{writer}-{method}",
+        f"{writer}-{case}",
         drawn=lambda key: noisy and key.endswith("effective"),
     )
 
 
 @needs_both
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_is_the_same_on_both_backends(method: str, folder: Path) -> None:
-    start = keras.models.load_model(folder / f"tensorflow-{method}.keras")
-    name = f"tensorflow-{method}-trained"
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_is_the_same_on_both_backends(case: str, folder: Path) -> None:
+    start = keras.models.load_model(folder / f"tensorflow-{case}.keras")
+    name = f"tensorflow-{case}-trained"
     moved = dict(np.load(folder / f"{name}-on-{OWN}.npz"))
     for weight in start.trainable_weights:
         assert not np.allclose(moved[weight.path], weight, rtol=1e-3)
     # Noise has no part in the readout's own update.
-    noisy = method == "bp_noise"
+    noisy = case == "bp_noise"
     compare(folder, name, drawn=lambda key: noisy and "readout" not in key)
 
 
