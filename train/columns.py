@@ -15,6 +15,9 @@ ROWS = tuple(
 )
 
 
+SETTLED = ("dataset", "model", "method", "flagfile")
+
+
 class Column(NamedTuple):
     """A column of the table.
 
@@ -76,6 +79,21 @@ def unsearched(column: str, method: str) -> list[str]:
         *overrides.get(method, ()),
         "--alignment_every=1",
     ]
+
+
+def refuse(arguments: list[str], names: tuple[str, ...]) -> None:
+    """Refuses flags of main.py that a column settles.
+
+    Raises:
+        UserError: If one of `names` is among the arguments.
+    """
+    for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0]
+        if name in names:
+            raise UserError(
+                f"{argument}: the column says what is run. Leave it out; "
+                "--column, --methods and the program's other flags choose."
+            )
 
 
 def chosen_methods(column: str, names: list[str] | None) -> list[str]:

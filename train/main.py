@@ -465,11 +465,11 @@ def train_in(
     else:
         print("No TensorBoard files: tensorflow or tensorboard is missing.")
     callbacks += [keras.callbacks.TerminateOnNaN(), writer]
+    tested = len(splits.test.labels) if config.test else 0
     print(
         f"{config.method} on {config.dataset}: {images} training, "
-        f"{len(splits.validation.labels)} validation and "
-        f"{len(splits.test.labels)} test images; {progress.epoch} of "
-        f"{config.epochs} epochs are trained."
+        f"{len(splits.validation.labels)} validation and {tested} test images; "
+        f"{progress.epoch} of {config.epochs} epochs are trained."
     )
     model.fit(
         training,

@@ -45,13 +45,7 @@ flags.DEFINE_integer(
 
 def jobs(rest: list[str]) -> list[sweep.Job]:
     """The runs of the column, the first seed of all methods first."""
-    for argument in rest:
-        name = argument.lstrip("-").partition("=")[0]
-        if name in ("dataset", "model", "method", "seed", "flagfile"):
-            raise UserError(
-                f"{argument}: the column says what is run. Leave it out; "
-                "--methods and --seeds choose among its runs."
-            )
+    columns.refuse(rest, (*columns.SETTLED, "seed"))
     methods = columns.chosen_methods(FLAGS.column, FLAGS.methods)
     return [
         sweep.job(

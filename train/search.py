@@ -65,6 +65,7 @@ flags.DEFINE_bool(
 
 def search(rest: list[str]) -> None:
     """Runs the grid for each method and says what is best."""
+    columns.refuse(rest, (*columns.SETTLED, "test", "notest"))
     methods = columns.chosen_methods(FLAGS.column, FLAGS.methods)
     jobs = {
         (method, point): sweep.job(

@@ -1,0 +1,431 @@
+"""A column of the table from one command, and the search of its recipes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import columns
+import commandline
+import keras
+import main
+import models
+import numpy as np
+import pytest
+import reproduce
+import runs
+import search
+import sweep
+from backends import array
+from errors import Busy
+from errors import UserError
+
+from keras_fa.layers.direct import SendError
+from keras_fa.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def begin(program, *arguments):
+    """A program in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train" / program), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def output_of(process):
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return output
+
+
+def settings(*arguments):
+    commandline.parse(main.FLAGS, ["main.py", *arguments])
+    return main.settings()
+
+
+# From end to end.
+
+
+def test_reproduction(tmp_path):
+    """Two methods and two seeds, at once and in pieces: one table."""
+    column = ["--column=digits", "--methods=bp,fa_usf_sn", "--seeds=2"]
+    column += ["--epochs=2"]
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    output = output_of(begin("reproduce.py", *column, f"--runs_dir={whole}"))
+    assert "0 of 4 runs are finished already." in output
+    assert output.rstrip().endswith("All 4 runs are finished.")
+    epoch = re.compile(
+        r"\[1/4\] digits bp seed 0: epoch [12] of 2, validation error "
+        r"\d+\.\d\d %, \d+ s an epoch; .+ left"
+    )
+    assert epoch.search(output), output
+
+    # Killed with all it has started, as soon as an epoch is on the disk.
+    killed = begin("reproduce.py", *column, f"--runs_dir={pieces}")
+    first = pieces / "digits-digits-bp-s0"
+    deadline = time.time() + 300
+    while not (first / "model.keras").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not (first / "result.json").exists()
+    # Continued by two processes, which do not get into each other's way.
+    both = [
+        begin("reproduce.py", *column, f"--runs_dir={pieces}") for _ in range(2)
+    ]
+    outputs = [output_of(process) for process in both]
+    ended = re.findall(r"\] (.+): test error", "".join(outputs))
+    assert len(ended) == len(set(ended)) == 4
+
+    tables = []
+    for folder in (whole, pieces):
+        printed = output_of(begin("report.py", folder))
+        tables.append((folder / "report" / "table.md").read_text())
+        assert tables[-1].strip() in printed
+        for name in ("errors", "learning_curves", "angles"):
+            for suffix in ("png", "svg"):
+                figure = f"digits-digits-{name}.{suffix}"
+                assert (folder / "report" / figure).stat().st_size > 5000
+    assert tables[0] == tables[1]
+    assert tables[0].count("(n=2)") == 2 or tables[0].count("± ") == 2
+    again = output_of(begin("reproduce.py", *column, f"--runs_dir={whole}"))
+    assert "4 of 4 runs are finished already." in again
+    assert "epoch" not in again
+
+
+# The parts.
+
+
+def test_one_process_at_a_run(tmp_path):
+    folder = tmp_path / "runs" / "run"
+    assert not runs.is_held(folder)
+    with runs.held(folder) as make:
+        assert not folder.exists()
+        make()
+        assert runs.is_held(folder)
+        with pytest.raises(Busy, match="another process"), runs.held(folder):
+            pass
+    assert not runs.is_held(folder)
+    # One that began where there was no folder, and comes second.
+    other = tmp_path / "runs" / "other"
+    with runs.held(other) as make, runs.held(other) as make_again:
+        make()
+        with pytest.raises(Busy, match="another process"):
+            make_again()
+
+
+def test_run_that_another_process_is_at(tmp_path, capfd):
+    arguments = ["main.py", "--epochs=1", f"--runs_dir={tmp_path}", "--resume"]
+    with runs.held(tmp_path / "digits-digits-fa_usf_sn-s0") as make:
+        make()
+        assert main.run(arguments) == Busy.status == os.EX_TEMPFAIL
+        assert "another process is training" in capfd.readouterr().err
+    assert main.run(arguments) == 0
+
+
+@pytest.fixture
+def job(tmp_path):
+    """A job of three epochs with a history, and a result if it is finished."""
+
+    def make(kind, epochs=0, seconds=10.0, finished=False):
+        folder = tmp_path / f"{kind}{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        rows = "".join(f"{i + 1},0.5,{seconds},100\n" for i in range(epochs))
+        (folder / "history.csv").write_text(
+            "epoch,val_accuracy,seconds,examples_per_second\n" + rows
+        )
+        if finished:
+            (folder / "result.json").write_text(json.dumps({"epochs": 3}))
+        return sweep.Job(folder.name, kind, (), folder, 3)
+
+    return make
+
+
+def test_time_left(job):
+    assert np.isnan(sweep.seconds_left([job("a")]))
+    done = job("a", 3, seconds=10, finished=True)
+    assert sweep.seconds_left([done]) == 0
+    begun = job("b", 1, seconds=20)
+    assert sweep.seconds_left([done, begun, job("a")]) == 2 * 20 + 3 * 10
+    # A kind without an epoch takes the average of the kinds.
+    assert sweep.seconds_left([done, begun, job("c")]) == 2 * 20 + 3 * 15
+    with runs.held(done.folder), runs.held(begun.folder):
+        unlike = job("c")
+        with runs.held(unlike.folder):  # two are at unfinished runs
+            jobs = [done, begun, unlike]
+            assert sweep.seconds_left(jobs) == (2 * 20 + 3 * 15) / 2
+
+
+def test_half_a_row_is_not_an_epoch(job):
+    begun = job("a", 2)
+    with (begun.folder / "history.csv").open("a") as file:
+        file.write("3,0.5,1")
+    assert sweep.seconds_left([begun]) == 10
+
+
+def test_result_of_fewer_epochs_is_none(job):
+    finished = job("a", 3, finished=True)
+    assert sweep.result(finished) == {"epochs": 3}
+    assert sweep.result(finished._replace(epochs=4)) is None
+    (finished.folder / "result.json").write_text('{"epo')
+    assert sweep.result(finished) is None
+
+
+def test_failed_run_is_named_and_the_others_go_on(tmp_path, capfd):
+    column = ["reproduce.py", "--column=digits", "--seeds=1", "--epochs=1"]
+    column += ["--methods=bp,fa", f"--runs_dir={tmp_path}"]
+    broken = tmp_path / "digits-digits-bp-s0"
+    broken.mkdir()
+    (broken / "model.keras").write_bytes(b"torn")
+    assert reproduce.run(column) == 1
+    output, errors = capfd.readouterr()
+    assert "digits bp seed 0: failed. " in output
+    assert re.fullmatch(r"reproduce\.py: 1 runs failed: .+\n", errors)
+    assert "is damaged" in errors
+    assert (tmp_path / "digits-digits-fa-s0" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("", "column"),
+        ("--column=svhn", "cifar10_1"),
+        ("--column=digits --methods=fa,nonsense", "fa_usf_sn"),
+        ("--column=digits --seeds=0", "seeds"),
+        ("--column=digits --method=fa", "--methods"),
+        ("--column=digits --flagfile=digits_bp.flags", "--methods"),
+        ("--column=digits --dataset=mnist", "--methods"),
+        ("--column=digits --epoch=3", "epochs"),
+        ("--column=digits --epochs=none", "1 to 100000"),
+        ("--column=digits extra", "extra"),
+    ],
+)
+def test_bad_input(arguments, says, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for program in (reproduce, search):
+        if program is search and "--seeds" in arguments:
+            continue
+        name = f"{program.__name__}.py"
+        assert program.run([name, *arguments.split()]) in (1, 2)
+        output, errors = capfd.readouterr()
+        assert re.fullmatch(rf"{name}: .+\n", errors), errors
+        assert says in errors
+        assert output == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("column", columns.COLUMNS)
+def test_every_cell_has_its_command(column):
+    for method in columns.COLUMNS[column].methods:
+        config = settings(*columns.cell(column, method))
+        main.check(config)
+        assert (config.dataset, config.model, config.method) == (
+            *columns.COLUMNS[column][:2],
+            method,
+        )
+        assert config.alignment_every == 1
+
+
+def test_first_seeds_come_first():
+    commandline.parse(
+        reproduce.FLAGS,
+        ["reproduce.py", "--column=digits", "--methods=fa,bp", "--seeds=2"],
+    )
+    names = [job.folder.name for job in reproduce.jobs(["--runs_dir=x"])]
+    assert names == [
+        f"digits-digits-{method}-s{seed}"
+        for seed in (0, 1)
+        for method in ("fa", "bp")
+    ]
+
+
+# The search.
+
+
+def test_search(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(commandline, "FLAGFILES", tmp_path)
+    arguments = ["search.py", "--column=digits", "--methods=fa", "--epochs=1"]
+    arguments += [f"--runs_dir={tmp_path / 'runs'}", "--write"]
+    assert search.run(arguments) == 0
+    output, _ = capfd.readouterr()
+    results = {}
+    for file in tmp_path.rglob("result.json"):
+        result = json.loads(file.read_text())
+        assert result["test_error"] is None
+        results[f"--kernel_scale={result['kernel_scale']:g}"] = result
+    grid = ["--kernel_scale=1", "--kernel_scale=0.1"]
+    assert set(results) == set(grid)
+    errors = {
+        point: result["validation_error"] for point, result in results.items()
+    }
+    best = min(grid, key=errors.get)
+    assert f"**{errors[best]:.2f}**" in output
+    written = tmp_path / "digits_fa.flags"
+    config = settings(f"--flagfile={written}")
+    assert config.method == "fa"
+    assert config.kernel_scale == results[best]["kernel_scale"]
+    assert config.test
+    assert f"{errors[best]:.2f} %" in written.read_text()
+
+
+def test_unfinished_search_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(commandline, "FLAGFILES", tmp_path)
+    grid = ["--seed=0", "--seed=1", "--seed=2"]
+    points = [f"--point={point}" for point in grid]
+    commandline.parse(
+        search.FLAGS, ["search.py", "--column=digits", "--methods=fa", *points]
+    )
+    results = {
+        ("fa", point): {"validation_error": error}
+        for point, error in zip(grid, (1.5, 1.0, 1.0))
+    }
+    assert search.choose("fa", results) == grid[1]
+    results = dict.fromkeys(results)
+    with pytest.raises(UserError, match="every --point failed"):
+        search.write("fa", results)
+    jobs_done = []
+    monkeypatch.setattr(sweep, "run", lambda jobs: jobs_done.extend(jobs) or {})
+    search.FLAGS.write = True
+    with pytest.raises(UserError, match="3 runs are missing"):
+        search.search(["--epochs=1", f"--runs_dir={tmp_path}"])
+    assert len(jobs_done) == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_search_never_looks_at_the_test_images(tmp_path, monkeypatch, capfd):
+    looks = ["main.py", "--epochs=1", f"--runs_dir={tmp_path}"]
+    original = main.data.DATASETS["digits"].load
+
+    def without_test(*args):
+        splits = original(*args)
+        return splits._replace(test=None)
+
+    table = {
+        **main.data.DATASETS,
+        "digits": main.data.DATASETS["digits"]._replace(load=without_test),
+    }
+    monkeypatch.setattr(main.data, "DATASETS", table)
+    assert main.run([*looks, "--notest"]) == 0
+    assert "were not looked at" in capfd.readouterr().out
+    with pytest.raises(AttributeError):  # there are none
+        main.run([*looks, "--seed=1"])
+
+
+# The recipes' flags.
+
+
+@pytest.mark.parametrize("network", models.NETWORKS)
+def test_kernel_scale(network):
+    built = {}
+    for scale in (1.0, 0.25):
+        keras.utils.set_random_seed(3)
+        built[scale] = models.build(network, 10, kernel_scale=scale)
+    for one, other in zip(built[1.0].weights, built[0.25].weights):
+        assert np.array_equal(0.25 * array(one), array(other))
+    assert np.abs(array(built[0.25].weights[0])).max() > 0
+
+
+def test_dropout():
+    model = models.build("mnist", 10, dropout=0.3)
+    *_, drop, readout = model.layers
+    assert isinstance(drop, keras.layers.Dropout)
+    assert (drop.rate, readout.name) == (0.3, "fc2")
+    assert "dropout" not in [x.name for x in models.build("mnist", 10).layers]
+
+
+def stored(model, name):
+    return array(model.get_layer(name).feedback_kernel)
+
+
+@pytest.mark.parametrize("method", ["fa", "fa_usf_init"])
+def test_feedback_scale(method):
+    """B_0 is `scale` times he_normal, whatever W_0 is, each layer its own."""
+    model = main.build(
+        settings(
+            f"--method={method}", "--feedback_scale=3", "--kernel_scale=0.1"
+        )
+    )
+    for name in ("conv2", "fc1"):
+        w, b = array(model.get_layer(name).kernel), stored(model, name)
+        he_normal = np.sqrt(2 / np.prod(w.shape[:-1]))
+        assert np.std(w) == pytest.approx(0.1 * he_normal, rel=0.05)
+        assert np.std(b) == pytest.approx(3 * he_normal, rel=0.05)
+        assert abs(np.corrcoef(w.ravel(), b.ravel())[0, 1]) < 0.05
+    conv, dense = stored(model, "conv2").ravel(), stored(model, "fc1").ravel()
+    n = min(len(conv), len(dense))
+    assert abs(np.corrcoef(conv[:n], dense[:n])[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("method", ["dfa", "dense_fa"])
+def test_feedback_scale_of_maps(method):
+    def maps(*arguments):
+        keras.utils.set_random_seed(0)
+        model = main.build(settings(f"--method={method}", *arguments))
+        return [
+            array(b)
+            for layer in model.layers
+            if isinstance(layer, SendError)
+            for b in layer.maps
+        ]
+
+    pairs = list(zip(maps(), maps("--feedback_scale=0.5"), strict=True))
+    assert pairs
+    for whole, half in pairs:
+        assert np.std(half) == pytest.approx(0.5 * np.std(whole), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--kernel_scale=0", "above 0"),
+        ("--kernel_scale=nan", "above 0"),
+        ("--feedback_scale=-1", "above 0"),
+        ("--dropout=1", "below 1"),
+        ("--dropout=-0.1", "below 1"),
+        ("--dropout=0.5 --dataset=cifar10 --model=cifar10_2", "of its own"),
+        ("--feedback_scale=2 --method=fa_usf_sn", "--method=fa|"),
+        ("--feedback_scale=2 --method=bp", "dfa|dense_fa"),
+        ("--feedback_maps=sparse", "convolutional"),
+        ("--feedback_maps=convolutional --method=fa", "--method=dfa|dense_fa"),
+    ],
+)
+def test_bad_recipe(arguments, says, tmp_path, capfd):
+    arguments = [f"--runs_dir={tmp_path / 'runs'}", *arguments.split()]
+    assert main.run(["main.py", *arguments]) in (1, 2)
+    output, errors = capfd.readouterr()
+    assert re.fullmatch(r"main\.py: .+\n", errors), errors
+    assert says in errors
+    assert output == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_recipe_is_kept(tmp_path, capfd):
+    """A run goes on with the recipe that it began with, or not at all."""
+    begun = ["main.py", "--method=dfa", "--epochs=1", f"--runs_dir={tmp_path}"]
+    recipe = ["--kernel_scale=0.5", "--feedback_scale=2", "--dropout=0.1"]
+    assert main.run([*begun, *recipe]) == 0
+    (result,) = tmp_path.rglob("result.json")
+    found = json.loads(result.read_text())
+    assert (found["kernel_scale"], found["feedback_scale"]) == (0.5, 2.0)
+    assert (found["dropout"], found["feedback_maps"]) == (0.1, "dense")
+    for flag in recipe:
+        others = [other for other in recipe if other != flag]
+        changed = [*begun, *others, "--resume", "--epochs=2"]
+        assert main.run(changed) == 1
+        assert flag.partition("=")[0] in capfd.readouterr().err
+
+
+def test_methods_that_draw_feedback():
+    drawing = {name for name, method in METHODS.items() if main._draws(method)}
+    assert drawing == {
+        "fa", "fa_usf_init", "fa_usf_init_ei", "dfa", "dense_fa"
+    }  # fmt: skip
