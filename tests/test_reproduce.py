@@ -429,3 +429,19 @@ def test_methods_that_draw_feedback():
     assert drawing == {
         "fa", "fa_usf_init", "fa_usf_init_ei", "dfa", "dense_fa"
     }  # fmt: skip
+
+
+def test_flag_file_says_each_thing_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(commandline, "FLAGFILES", tmp_path)
+    point = "--optimizer=sgd --dropout=0"
+    commandline.parse(
+        search.FLAGS, ["search.py", "--column=mnist", f"--point={point}"]
+    )
+    found = {"validation_error": 1.0, "epochs": 1, "seed": 0}
+    search.write("dfa", {("dfa", point): found})
+    lines = (tmp_path / "mnist_dfa.flags").read_text().splitlines()
+    names = [columns.name(line) for line in lines if line.startswith("--")]
+    assert len(names) == len(set(names))
+    config = settings(f"--flagfile={tmp_path / 'mnist_dfa.flags'}")
+    assert (config.method, config.optimizer) == ("dfa", "sgd")
+    assert (config.dropout, config.model) == (0.0, "mnist")

@@ -81,6 +81,11 @@ def unsearched(column: str, method: str) -> list[str]:
     ]
 
 
+def name(argument: str) -> str:
+    """The name of the flag `--name=value`."""
+    return argument.lstrip("-").partition("=")[0]
+
+
 def refuse(arguments: list[str], names: tuple[str, ...]) -> None:
     """Refuses flags of main.py that a column settles.
 
@@ -88,8 +93,7 @@ def refuse(arguments: list[str], names: tuple[str, ...]) -> None:
         UserError: If one of `names` is among the arguments.
     """
     for argument in arguments:
-        name = argument.lstrip("-").partition("=")[0]
-        if name in names:
+        if name(argument) in names:
             raise UserError(
                 f"{argument}: the column says what is run. Leave it out; "
                 "--column, --methods and the program's other flags choose."
@@ -102,9 +106,9 @@ def chosen_methods(column: str, names: list[str] | None) -> list[str]:
     Raises:
         UserError: If a name is unknown.
     """
-    for name in names or []:
-        if name not in METHODS:
+    for method in names or []:
+        if method not in METHODS:
             raise UserError(
-                f"--methods: {name!r} is none. Allowed: {', '.join(METHODS)}."
+                f"--methods: {method!r} is none. Allowed: {', '.join(METHODS)}."
             )
     return names or list(COLUMNS[column].methods)

@@ -139,6 +139,8 @@ def write(method: str, results: dict) -> None:
             "is written. Give other points."
         )
     found = results[method, best]
+    fixed = columns.unsearched(FLAGS.column, method)
+    searched = {columns.name(flag) for flag in best.split()}
     file = commandline.FLAGFILES / f"{FLAGS.column}_{method}.flags"
     lines = [
         f"# {METHODS[method].title}, column {FLAGS.column} of the paper's "
@@ -147,7 +149,7 @@ def write(method: str, results: dict) -> None:
         f"({found['validation_error']:.2f} %,",
         f"# {found['epochs']} epoch(s), seed {found['seed']}) among "
         f"{' | '.join(FLAGS.point)}.",
-        *columns.unsearched(FLAGS.column, method),
+        *(flag for flag in fixed if columns.name(flag) not in searched),
         *best.split(),
     ]
     text = "\n".join(lines) + "\n"
