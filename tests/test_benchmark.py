@@ -177,9 +177,22 @@ def test_a_block_trains_and_is_timed() -> None:
     assert int(model.optimizer.iterations) == before + 2 + 6
 
 
+def test_form_of_the_maps() -> None:
+    stock = benchmark.build("digits", "float32")
+    sizes = {
+        maps: benchmark.bytes_of(benchmark.converted(stock, "dense_fa", maps))
+        for maps in ("dense", "convolutional")
+    }
+    assert 0 < sizes["convolutional"] < sizes["dense"]
+    chained = benchmark.converted(stock, "fa", "convolutional")
+    assert benchmark.bytes_of(chained) > benchmark.bytes_of(stock)
+
+
 def test_peak_of_memory() -> None:
     small, large = (
-        benchmark.peak_in_new_process("digits", "float32", "fa_usf_sn", n, 1)
+        benchmark.peak_in_new_process(
+            "digits", "float32", "fa_usf_sn", "dense", n, 1
+        )
         for n in (4, 4096)
     )
     activations = 4 * 8 * 8 * (32 + 64)  # bytes per image, the convolutions'
@@ -191,10 +204,12 @@ def test_a_method_that_does_not_fit_is_left_out(
 ) -> None:
     convert = keras_fa.convert
 
-    def convert_or_refuse(model: keras.Model, name: str) -> keras.Model:
+    def convert_or_refuse(
+        model: keras.Model, name: str, **options: Any
+    ) -> keras.Model:
         if name == "dense_fa":
             raise ValueError("The maps need\n9 TB of memory.")
-        return convert(model, name)
+        return convert(model, name, **options)
 
     monkeypatch.setattr(keras_fa, "convert", convert_or_refuse)
     status = run(

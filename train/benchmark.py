@@ -148,6 +148,13 @@ flags.DEFINE_integer(
     lower_bound=1,
     flag_values=FLAGS,
 )
+flags.DEFINE_enum(
+    "feedback_maps",
+    "dense",
+    ["dense", "convolutional"],
+    "Form of the fixed maps of DFA and DenseFA.",
+    flag_values=FLAGS,
+)
 flags.DEFINE_bool(
     "memory",
     True,
@@ -416,6 +423,7 @@ def peak_of_training(
     network: str,
     dtype_policy: str,
     method: str | None,
+    feedback_maps: str,
     batch_size: int,
     steps_per_execution: int,
 ) -> int:
@@ -426,10 +434,19 @@ def peak_of_training(
     model = build(network, dtype_policy)
     callbacks = []
     if method is not None:
-        model = keras_fa.convert(model, method)
+        model = converted(model, method, feedback_maps)
         callbacks = METHODS[method].callbacks()
     train_few_steps(model, callbacks, batch_size, steps_per_execution)
     return peak_bytes() - before
+
+
+def converted(
+    model: keras.Model, method: str, feedback_maps: str
+) -> keras.Model:
+    """A model under a method, with fixed maps of a form where it has any."""
+    if METHODS[method].wiring == "chain":
+        return keras_fa.convert(model, method)
+    return keras_fa.convert(model, method, feedback_maps=feedback_maps)
 
 
 def train_few_steps(
@@ -479,7 +496,7 @@ def measure(
     timed, left_out = {"stock": stock}, {}
     for name in FLAGS.methods:
         try:
-            timed[name] = keras_fa.convert(stock, name)
+            timed[name] = converted(stock, name, FLAGS.feedback_maps)
         except ValueError as wrong:
             left_out[name] = " ".join(str(wrong).split())
     extra = {
@@ -749,6 +766,7 @@ def benchmark() -> None:
             peaks[case][name] = peak_in_new_process(
                 *case,
                 name if name in METHODS else None,
+                FLAGS.feedback_maps,
                 FLAGS.batch_size,
                 FLAGS.steps_per_execution,
             )

@@ -534,18 +534,14 @@ def build(config: SimpleNamespace) -> keras.Model:
         dropout=config.dropout,
     )
     method = scaled(METHODS[config.method], config.feedback_scale)
-    if method.wiring == "chain":
-        model = keras_fa.convert(stock, method)
-    else:
-        try:
-            model = keras_fa.convert(
-                stock, method, feedback_maps=config.feedback_maps
-            )
-        except ValueError as error:
-            raise UserError(
-                f"--method={config.method}: {error} As a flag: "
-                "--feedback_maps=convolutional."
-            ) from error
+    try:
+        model = keras_fa.convert(
+            stock, method, feedback_maps=config.feedback_maps
+        )
+    except ValueError as error:  # maps that are too large
+        raise UserError(
+            f"--feedback_maps={config.feedback_maps}: {error}"
+        ) from error
     if config.backend == "jax":
         # RandomTranslation denies it because of TensorFlow, whose XLA lacks
         # an operation; JAX compiles all that it can run.
