@@ -8,6 +8,7 @@ from setuptools import setup
 TRAIN = [
     "absl-py>=2.3",
     "importlib_resources>=6.5",  # tensorflow-datasets imports it undeclared
+    "matplotlib>=3.10",
     "scikit-learn>=1.7",
     "tensorboard>=2.21",  # tensorflow 2.21 no longer brings it
     "tensorflow-datasets>=4.9.10",

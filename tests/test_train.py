@@ -19,7 +19,6 @@ import main
 import models
 import numpy as np
 import pytest
-import report
 import runs
 import startup
 from backends import ON_TENSORFLOW
@@ -1088,56 +1087,3 @@ def test_learning_rate(warmup_epochs):
     middle = (top + 40) // 2
     expected = 0.05 * (1 + math.cos(math.pi * (middle - top) / (40 - top)))
     assert rates[middle] == pytest.approx(expected, rel=1e-5)
-
-
-# The table.
-
-
-def write_run(folder, **result):
-    folder.mkdir(parents=True)
-    (folder / "history.csv").write_text("epoch\n")
-    if result:
-        (folder / "result.json").write_text(json.dumps(result))
-
-
-def test_report(tmp_path, capsys):
-    for seed, error in enumerate((1.0, 2.0, 3.0)):
-        write_run(
-            tmp_path / f"a-s{seed}",
-            method="fa_usf_sn",
-            dataset="digits",
-            model="digits",
-            test_error=error,
-        )
-    write_run(
-        tmp_path / "below" / "b",
-        method="bp",
-        dataset="cifar10",
-        model="cifar10_1",
-        test_error=17.25,
-    )
-    write_run(tmp_path / "unfinished")
-    write_run(tmp_path / "incomplete", method="bp")
-    write_run(tmp_path / "damaged")
-    (tmp_path / "damaged" / "result.json").write_text("{")
-    assert report.run(["report.py", str(tmp_path)]) == 0
-    output, errors = capsys.readouterr()
-    cells = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in output.splitlines()
-    ]
-    assert cells[0] == ["test error, %", "cifar10 cifar10_1", "digits digits"]
-    assert cells[2:] == [
-        ["bp", "17.25 (n=1)", "-"],
-        ["fa_usf_sn", "-", "2.00 ± 1.00 (n=3)"],
-    ]
-    assert len(errors.splitlines()) == 3
-    assert "unfinished: not finished" in errors
-    assert "incomplete/result.json: damaged" in errors
-    assert "damaged/result.json: damaged" in errors
-
-
-def test_report_of_nothing(tmp_path, capsys):
-    assert report.run(["report.py", str(tmp_path / "none")]) == 1
-    assert report.run(["report.py"]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 2

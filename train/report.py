@@ -14,7 +14,7 @@ as table.md, with these figures, each as PNG and SVG:
 A row is a method. Ours is the mean of the test error in percent over the
 seeds, their sample standard deviation, and their number; beside it stand the
 figures of the paper and of others. A gap is the error less that of BP in the
-same table. "open" is where others have a figure and we have no run.
+same table. "open" is where others have a figure and we have no run to show.
 
 Runs that are damaged, unfinished or of a search without a test error are named
 and skipped. A method whose runs differ in more than the seed, or that has two
@@ -24,6 +24,7 @@ of one seed, is named and left out.
 import startup  # before anything imports Keras
 
 # isort: split
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from keras_fa.methods import METHODS
 LEGEND = (
     "Test error in percent after the last epoch: mean ± sample standard "
     "deviation (number of seeds). A gap is the error less that of BP in the "
-    "same column; open: we have no run."
+    "same column; open: no run of ours to show."
 )
 
 
@@ -99,14 +100,13 @@ def recipes(ours: dict[str, Cell]) -> list[str]:
         for name, value in first.items()
         if all(name in other and other[name] == value for other in others)
     }
-    own = {
-        METHODS[method].title: _settings(
-            {name: value for name, value in recipe.items() if name not in common}
-        )
-        for method, recipe in all_recipes.items()
-    }
-    shared = [f"all of ours: {_settings(common)}."] if common else []
-    return shared + [f"{title}: {text}." for title, text in own.items() if text]
+    groups: dict[str, list[str]] = {}
+    for method, recipe in all_recipes.items():
+        own = {k: v for k, v in recipe.items() if k not in common}
+        groups.setdefault(_settings(own), []).append(METHODS[method].title)
+    groups.pop("", None)
+    lines = [f"all of ours: {_settings(common)}"] if common else []
+    return lines + [f"{', '.join(g)}: {text}" for text, g in groups.items()]
 
 
 def _settings(recipe: dict[str, Any]) -> str:
@@ -125,7 +125,8 @@ def _figure(error: float | None, decimals: int) -> str:
 def _gap(errors: dict[str, float], method: str, decimals: int) -> str:
     if method == "bp" or not {"bp", method} <= errors.keys():
         return "-"
-    return f"{errors[method] - errors['bp']:+.{decimals}f}"
+    gap = round(errors[method] - errors["bp"], decimals) + 0.0  # no -0.00
+    return f"{gap:+.{decimals}f}"
 
 
 def _markdown(lines: list[list[str]]) -> str:
@@ -168,39 +169,32 @@ def report(runs_dir: Path) -> None:
             folder / "table.md",
             lambda aside: aside.write_text(f"{text}\n", "utf-8"),
         )
-        print(f"\nTable: {folder / 'table.md'}")
-        draw(found, folder)
+        drawn = draw(found, folder)
     except OSError as error:
         raise UserError(
-            f"{error.filename or folder}: the report cannot be written "
-            f"({error.strerror or error}). Make {folder} a folder that can be "
-            "written to."
+            f"{folder}: cannot be written ({error.strerror or error}). Make "
+            "it a folder that can be, or give a copy of the runs."
         ) from error
+    print("\n".join(["", f"Table: {folder / 'table.md'}", *drawn]))
 
 
-def draw(found: Cells, folder: Path) -> None:
-    """Draws the figures of all columns, and says where they are."""
+def draw(found: Cells, folder: Path) -> list[str]:
+    """Draws the figures of all columns; says where they are, or why not."""
     if not startup.installed("matplotlib"):
-        print("No figures: they need matplotlib (pip install matplotlib).")
-        return
+        return ["No figures: they need matplotlib (pip install matplotlib)."]
+    # It says when it builds its font cache, as at its first use.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import figures
 
+    lines = []
     for column, ours in found.items():
-        for name, draw_figure in figures.FIGURES.items():
-            name = f"{'-'.join(column)}-{name}"
-            figure = draw_figure(column, ours)
-            if figure is None:
-                print(
-                    f"No {name}: none of the methods in it has runs with "
-                    "--alignment_every."
-                )
-                continue
-            for suffix in ("png", "svg"):
-                file = folder / f"{name}.{suffix}"
-                files.replace(
-                    file, lambda aside, figure=figure: figures.save(figure, aside)
-                )
-                print(f"Figure: {file}")
+        for name in figures.FIGURES:
+            written = figures.write(name, column, ours, folder)
+            lines += [f"Figure: {file}" for file in written] or [
+                f"No {name} of {' '.join(column)}: no run of "
+                f"{', '.join(figures.ANGLES_OF)} has --alignment_every."
+            ]
+    return lines
 
 
 def run(argv: list[str]) -> int:
