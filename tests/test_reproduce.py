@@ -445,3 +445,50 @@ def test_flag_file_says_each_thing_once(tmp_path, monkeypatch):
     config = settings(f"--flagfile={tmp_path / 'mnist_dfa.flags'}")
     assert (config.method, config.optimizer) == ("dfa", "sgd")
     assert (config.dropout, config.model) == (0.0, "mnist")
+
+
+@pytest.mark.parametrize("method", ["dfa", "dense_fa"])
+def test_rows_that_the_paper_leaves_open_for_memory(method):
+    """All-CNN-C takes a step, and every kernel of it moves."""
+    arguments = columns.cell("cifar10_2", method)
+    model = main.build(settings(*arguments, "--feedback_maps=convolutional"))
+    model.compile(
+        "adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    kernels = [w for w in model.trainable_weights if w.name == "kernel"]
+    before = [array(kernel) for kernel in kernels]
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (4, 32, 32, 3), np.uint8)
+    loss = model.train_on_batch(images, np.arange(4))
+    assert np.isfinite(loss)
+    assert len(kernels) == 9
+    for old, kernel in zip(before, kernels):
+        assert not np.array_equal(old, array(kernel)), kernel.path
+
+
+def test_maps_that_do_not_fit_say_what_does(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("keras_fa.conversion._machine_memory", lambda: 2**34)
+    monkeypatch.setattr(
+        main.data,
+        "DATASETS",
+        {
+            **main.data.DATASETS,
+            "cifar10": main.data.DATASETS["cifar10"]._replace(load=few_images),
+        },
+    )
+    status = main.run(
+        ["main.py", "--dataset=cifar10", "--model=cifar10_2", "--epochs=1",
+         "--method=dense_fa", "--batch_size=8", f"--runs_dir={tmp_path}"]
+    )  # fmt: skip
+    output, errors = capfd.readouterr()
+    assert (status, output) == (1, "")
+    assert re.fullmatch(r"main\.py: --feedback_maps=dense: .+\n", errors)
+    assert re.search(r"need [\d,]{12,} bytes", errors)
+    assert re.search(r"feedback_maps='convolutional', which needs", errors)
+    assert not list(tmp_path.iterdir())
+
+
+def few_images(data_dir, download):
+    images = np.zeros((8, 32, 32, 3), np.uint8)
+    split = main.data.Split(images, np.zeros(8, np.int64))
+    return main.data.Splits(split, split, split)
