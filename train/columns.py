@@ -40,7 +40,7 @@ class Column(NamedTuple):
 _SMALL_MAPS = {"dense_fa": ("--feedback_maps=convolutional",)}
 
 COLUMNS = {
-    "mnist": Column("mnist", "mnist", ROWS, ("--epochs=8", "--dropout=0.5")),
+    "mnist": Column("mnist", "mnist", ROWS, ("--epochs=6", "--dropout=0.5")),
     # Where fixed signs cost much, BP E/I says what they cost by themselves.
     "cifar10_1": Column(
         "cifar10", "cifar10_1", (*ROWS, "bp_ei"), ("--epochs=60",)
