@@ -980,10 +980,13 @@ def test_no_hidden_layer_is_backpropagation(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["dfa", "dense_fa"])
 @pytest.mark.parametrize("form", ["sparse", "Dense", None, ["dense"]])
-def test_unknown_maps_are_refused(method: str, form: Any) -> None:
+def test_unknown_maps_are_refused(
+    method: str, form: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     message = f"'dense' or 'convolutional'.*{re.escape(repr(form))}"
     with pytest.raises(ValueError, match=message):
         convert(mlp(), method, feedback_maps=form)
+    assert "bytes" not in caplog.text  # of maps that there are not
     with pytest.raises(ValueError, match=message):
         SendError(["a"], feedback_maps=form)
 
