@@ -30,6 +30,7 @@ STORED = {
     "fa_usf_const": 8 * len(KERNELS),
     "fa_usf_const_ei": WEIGHTS + 8 * len(KERNELS),
     "bp_alignment": 4 * WEIGHTS,
+    "bp_ei": WEIGHTS,
     "dfa": 4 * 10 * (8 * 8 * 32 + 8 * 8 * 64 + 128),
 }
 TINY = "--networks=digits --batch_size=4 --rounds=3 --steps=2".split()

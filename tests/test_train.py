@@ -425,10 +425,10 @@ def test_flags_after_a_flagfile_win(train, tmp_path, monkeypatch):
 def test_flagfiles(flagfile):
     config = settings(f"--flagfile={flagfile}")
     main.check(config)
-    method = "fa_usf_sn" if "_usf." in flagfile else config.method
     column = config.model if config.dataset == "cifar10" else config.dataset
-    assert config.method == method
-    assert flagfile in (f"{column}_{method}.flags", f"{column}_usf.flags")
+    method = "usf" if flagfile == "digits_usf.flags" else config.method
+    assert flagfile == f"{column}_{method}.flags"
+    assert config.alignment_every == 1
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """The columns of the paper's table: a data set, a network, and the rows."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
 import commandline
+from absl import flags
 from errors import UserError
+from sweep import Failure
 
 from keras_fa.methods import METHODS
 
@@ -59,13 +62,22 @@ COLUMNS = {
 def cell(column: str, method: str) -> list[str]:
     """The arguments of main.py for a cell of the table.
 
-    They are its flag file; on digits, a column that the paper lacks, there is
+    They are its flag file. On digits, a column that the paper lacks, there are
     none, and the defaults of the data set are the recipe of every method.
+
+    Raises:
+        UserError: If there is no flag file.
     """
+    if column == "digits":
+        return unsearched(column, method)
     flagfile = commandline.FLAGFILES / f"{column}_{method}.flags"
-    if flagfile.is_file():
-        return [f"--flagfile={flagfile}"]
-    return unsearched(column, method)
+    if not flagfile.is_file():
+        raise UserError(
+            f"--methods: the cell {column} {method} has no recipe, for there "
+            f"is no {flagfile}. Search one: python train/search.py "
+            f"--column={column} --methods={method} --write."
+        )
+    return [f"--flagfile={flagfile}"]
 
 
 def unsearched(column: str, method: str) -> list[str]:
@@ -86,18 +98,52 @@ def name(argument: str) -> str:
     return argument.lstrip("-").partition("=")[0]
 
 
-def refuse(arguments: list[str], names: tuple[str, ...]) -> None:
-    """Refuses flags of main.py that a column settles.
+def refuse(arguments: list[str], names: Sequence[str], why: str) -> None:
+    """Refuses flags of main.py that are settled otherwise.
+
+    Args:
+        arguments: Flags as they are given.
+        names: Of those to refuse.
+        why: A sentence for the message.
 
     Raises:
         UserError: If one of `names` is among the arguments.
     """
     for argument in arguments:
         if name(argument) in names:
-            raise UserError(
-                f"{argument}: the column says what is run. Leave it out; "
-                "--column, --methods and the program's other flags choose."
-            )
+            raise UserError(f"{argument} cannot be given here. {why}")
+
+
+def fail(failed: Mapping[str, Failure]) -> None:
+    """Ends a program whose runs failed with a line on each.
+
+    Raises:
+        UserError: If there are any.
+    """
+    if failed:
+        raise UserError(
+            f"{len(failed)} run(s) failed: "
+            + "; ".join(f"{name}: {f.reason}" for name, f in failed.items())
+        )
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags that choose cells of the table."""
+    flags.DEFINE_enum(
+        "column",
+        None,
+        list(COLUMNS),
+        "Column of the table.",
+        required=True,
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "methods",
+        None,
+        "Rows of the table, separated by commas. By default all of the "
+        "column's.",
+        flag_values=values,
+    )
 
 
 def chosen_methods(column: str, names: list[str] | None) -> list[str]:
@@ -111,4 +157,4 @@ def chosen_methods(column: str, names: list[str] | None) -> list[str]:
             raise UserError(
                 f"--methods: {method!r} is none. Allowed: {', '.join(METHODS)}."
             )
-    return names or list(COLUMNS[column].methods)
+    return list(dict.fromkeys(names or COLUMNS[column].methods))

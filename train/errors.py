@@ -16,3 +16,9 @@ class Busy(UserError):
     """Another process is at it; the exit status says so."""
 
     status = os.EX_TEMPFAIL
+
+
+class Diverged(UserError):
+    """The loss stopped being a number; the exit status says so."""
+
+    status = os.EX_SOFTWARE

@@ -29,6 +29,7 @@ import keras
 import models
 import runs
 from absl import flags
+from errors import Diverged
 from errors import UserError
 from strategies import STRATEGIES
 
@@ -451,6 +452,11 @@ def train_in(
         for name, value in vars(config).items()
         if name not in ("data_dir", "download", "runs_dir", "resume", "test")
     }
+    if progress.lengths and progress.lengths[-1] != config.epochs:
+        progress.lengths.append(config.epochs)
+    if len(progress.lengths) > 1:
+        # Not what a run of this length in one piece would have been.
+        recipe["lengths"] = progress.lengths
     writer = runs.RunWriter(
         folder,
         recipe,
@@ -483,7 +489,7 @@ def train_in(
         verbose=1 if sys.stdout.isatty() else 2,
     )
     if writer.diverged is not None:
-        raise UserError(
+        raise Diverged(
             f"{folder}: the loss stopped being a number in epoch "
             f"{writer.diverged} of {config.epochs}. Delete the folder and try "
             f"again, with less than --learning_rate={config.learning_rate}."

@@ -7,8 +7,8 @@ From the root of the project:
 
 Each cell is one flag file, train/flags/<column>_<method>.flags, with seeds 0,
 1, ... The program can be stopped and started again, and several of them can
-work on one column at once. All flags of main.py may be added, and win over the
-recipes; a change of a recipe needs a --runs_dir of its own. At the end:
+work on one column at once. Other flags of main.py may be added, and win over
+the recipes; a changed recipe needs a --runs_dir of its own. At the end:
 python train/report.py <runs_dir>.
 """
 
@@ -21,23 +21,9 @@ import columns
 import commandline
 import sweep
 from absl import flags
-from errors import UserError
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_enum(
-    "column",
-    None,
-    list(columns.COLUMNS),
-    "Column of the table.",
-    required=True,
-    flag_values=FLAGS,
-)
-flags.DEFINE_list(
-    "methods",
-    None,
-    "Rows of the table, separated by commas. By default all of the column's.",
-    flag_values=FLAGS,
-)
+columns.define_flags(FLAGS)
 flags.DEFINE_integer(
     "seeds", 3, "Runs of a cell.", lower_bound=1, flag_values=FLAGS
 )
@@ -45,7 +31,11 @@ flags.DEFINE_integer(
 
 def jobs(rest: list[str]) -> list[sweep.Job]:
     """The runs of the column, the first seed of all methods first."""
-    columns.refuse(rest, (*columns.SETTLED, "seed"))
+    columns.refuse(
+        rest,
+        (*columns.SETTLED, "seed"),
+        "The column says what is run; --methods and --seeds choose.",
+    )
     methods = columns.chosen_methods(FLAGS.column, FLAGS.methods)
     return [
         sweep.job(
@@ -59,12 +49,7 @@ def jobs(rest: list[str]) -> list[sweep.Job]:
 
 def reproduce(rest: list[str]) -> None:
     """Runs what is missing."""
-    failed = sweep.run(jobs(rest))
-    if failed:
-        raise UserError(
-            f"{len(failed)} runs failed: "
-            + "; ".join(f"{name}: {reason}" for name, reason in failed.items())
-        )
+    columns.fail(sweep.run(jobs(rest)))
 
 
 def run(argv: list[str]) -> int:

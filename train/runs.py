@@ -52,13 +52,26 @@ FIXED_SETTINGS = (
 )
 
 
+# Tries to lock a folder: another process may only have looked who is at it.
+PATIENCE = 5
+
+
 @dataclasses.dataclass
 class Progress:
-    """What a run folder says has been done."""
+    """What a run folder says has been done.
+
+    Attributes:
+        rows: Of the history.
+        random_state: Of the seed generators.
+        result: What `result.json` holds, if the run is finished.
+        lengths: The values of --epochs that the learning rate was scheduled
+            for so far, one after the other.
+    """
 
     rows: list[dict[str, float]] = dataclasses.field(default_factory=list)
     random_state: list[list[int]] = dataclasses.field(default_factory=list)
     result: dict[str, Any] | None = None
+    lengths: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def epoch(self) -> int:
@@ -112,6 +125,8 @@ def look(folder: Path, settings: dict[str, Any], resume: bool) -> Progress:
                 raise ValueError(f"bad checksum of {torn}")
             saved = json.loads(archive.read("run.json"))
         progress = Progress(saved["rows"], saved["random_state"])
+        begun = saved["settings"]
+        progress.lengths = begun.get("lengths", [begun["epochs"]])
         if result.exists():
             progress.result = json.loads(result.read_text("utf-8"))
             progress.result["test_error"]
@@ -136,6 +151,22 @@ def look(folder: Path, settings: dict[str, Any], resume: bool) -> Progress:
     return progress
 
 
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run in a folder, finished or not; `None` if none.
+
+    Of a finished run, all of `result.json`.
+    """
+    try:
+        return json.loads((folder / "result.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        pass
+    try:
+        with zipfile.ZipFile(folder / "model.keras") as archive:
+            return json.loads(archive.read("run.json"))["settings"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[Callable[[], None]]:
     """Keeps other processes out of a run folder, however this one ends.
@@ -158,12 +189,21 @@ def held(folder: Path) -> Iterator[Callable[[], None]]:
     with contextlib.ExitStack() as locks:
 
         def lock() -> None:
-            descriptor = os.open(folder, os.O_RDONLY)
-            locks.callback(os.close, descriptor)  # which unlocks it
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise busy from None
+                descriptor = os.open(folder, os.O_RDONLY)
+                locks.callback(os.close, descriptor)  # which unlocks it
+                for _ in range(PATIENCE):
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        return
+                    time.sleep(0.05)
+            except OSError as error:
+                raise UserError(
+                    f"{folder}: cannot be locked ({error.strerror}), so that "
+                    "another process might train the same run. Give a folder "
+                    "that can be with --runs_dir."
+                ) from error
+            raise busy
 
         def make() -> None:
             try:

@@ -20,6 +20,7 @@ from pathlib import Path
 import columns
 import commandline
 import files
+import runs
 import sweep
 from absl import flags
 from errors import UserError
@@ -27,26 +28,13 @@ from errors import UserError
 from keras_fa.methods import METHODS
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_enum(
-    "column",
-    None,
-    list(columns.COLUMNS),
-    "Column of the table.",
-    required=True,
-    flag_values=FLAGS,
-)
-flags.DEFINE_list(
-    "methods",
-    None,
-    "Rows of the table, separated by commas. By default all of the column's.",
-    flag_values=FLAGS,
-)
+columns.define_flags(FLAGS)
 flags.DEFINE_multi_string(
     "point",
     ["--kernel_scale=1", "--kernel_scale=0.1"],
     "A point of the grid: flags of main.py, separated by spaces. May be given "
-    "several times. (The scale of B_0 and of fixed maps makes no difference to "
-    "the steps of adam.)",
+    "several times. (Steps of adam do not depend on the scale of B_0 or of "
+    "DFA's maps; they do on that of DenseFA's maps.)",
     flag_values=FLAGS,
 )
 flags.DEFINE_string(
@@ -65,7 +53,16 @@ flags.DEFINE_bool(
 
 def search(rest: list[str]) -> None:
     """Runs the grid for each method and says what is best."""
-    columns.refuse(rest, (*columns.SETTLED, "test", "notest"))
+    recipe = [name for name in runs.FIXED_SETTINGS if name != "backend"]
+    settled = (*columns.SETTLED, "test", "notest", "seed")
+    columns.refuse(rest, (*settled, *recipe), "A --point is where a recipe is.")
+    for point in FLAGS.point:
+        others = [f for f in point.split() if columns.name(f) not in recipe]
+        columns.refuse(
+            others,
+            tuple(map(columns.name, others)),
+            f"A --point holds flags of {', '.join(recipe)}.",
+        )
     methods = columns.chosen_methods(FLAGS.column, FLAGS.methods)
     jobs = {
         (method, point): sweep.job(
@@ -83,6 +80,7 @@ def search(rest: list[str]) -> None:
         for point in FLAGS.point
     }
     failed = sweep.run(list(jobs.values()))
+    columns.fail({n: f for n, f in failed.items() if not f.diverged})
     missing = [
         job.name
         for job in jobs.values()
@@ -115,7 +113,7 @@ def table(methods: list[str], results: dict) -> str:
         lines.append([method])
         for point in FLAGS.point:
             found = results[method, point]
-            text = f"{found['validation_error']:.2f}" if found else "none"
+            text = f"{found['validation_error']:.2f}" if found else "diverged"
             lines[-1].append(f"**{text}**" if point == best else text)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -135,8 +133,8 @@ def write(method: str, results: dict) -> None:
     best = choose(method, results)
     if best is None:
         raise UserError(
-            f"{FLAGS.column} {method}: every --point failed, so no flag file "
-            "is written. Give other points."
+            f"{FLAGS.column} {method}: every --point diverged, so no flag "
+            "file is written. Give other points."
         )
     found = results[method, best]
     fixed = columns.unsearched(FLAGS.column, method)
@@ -149,6 +147,11 @@ def write(method: str, results: dict) -> None:
         f"({found['validation_error']:.2f} %,",
         f"# {found['epochs']} epoch(s), seed {found['seed']}) among "
         f"{' | '.join(FLAGS.point)}.",
+        *(
+            f"# Diverged: {point}"
+            for point in FLAGS.point
+            if results[method, point] is None
+        ),
         *(flag for flag in fixed if columns.name(flag) not in searched),
         *best.split(),
     ]

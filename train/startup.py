@@ -4,6 +4,8 @@ This checkout's own package is found, installed or not. Keras is imported, and
 with it its backend: TensorFlow where it is installed, else JAX, unless the
 environment variable KERAS_BACKEND or Keras's own settings say otherwise.
 TensorFlow uses oneDNN on any CPU, unless TF_ENABLE_ONEDNN_OPTS says otherwise.
+A GPU's memory is taken as it is needed, so that several runs can share it,
+unless TF_FORCE_GPU_ALLOW_GROWTH or XLA_PYTHON_CLIENT_PREALLOCATE say otherwise.
 """
 
 import contextlib
@@ -44,6 +46,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # On CPUs without AVX-512 TensorFlow leaves it off, at half the speed.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 if not installed("tensorflow"):
     os.environ.setdefault("KERAS_BACKEND", "jax")
 

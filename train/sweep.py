@@ -21,6 +21,7 @@ import commandline
 import main
 import runs
 from errors import Busy
+from errors import Diverged
 
 PROGRAM = Path(main.__file__)
 POLL_SECONDS = 1.0
@@ -31,17 +32,32 @@ class Job(NamedTuple):
 
     Attributes:
         name: What it is called on the console.
-        kind: Jobs of one kind take about equally long for an epoch.
         arguments: The command line of main.py.
         folder: The run's.
-        epochs: Its length.
+        settings: What main.py makes of the arguments.
     """
 
     name: str
-    kind: str
     arguments: tuple[str, ...]
     folder: Path
-    epochs: int
+    settings: dict[str, Any]
+
+    @property
+    def epochs(self) -> int:
+        """Its length."""
+        return self.settings["epochs"]
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """Jobs of one kind take about equally long for an epoch."""
+        return tuple(self.settings[n] for n in ("dataset", "model", "method"))
+
+
+class Failure(NamedTuple):
+    """Why a run failed; whether its loss stopped being a number."""
+
+    reason: str
+    diverged: bool
 
 
 def job(name: str, arguments: Sequence[str]) -> Job:
@@ -58,29 +74,56 @@ def job(name: str, arguments: Sequence[str]) -> Job:
     commandline.parse(main.FLAGS, [PROGRAM.name, *arguments])
     config = main.settings()
     main.check(config)
-    return Job(
-        name,
-        f"{config.dataset} {config.model} {config.method}",
-        arguments,
-        main.run_folder(config),
-        config.epochs,
-    )
+    return Job(name, arguments, main.run_folder(config), vars(config))
 
 
 def result(job: Job) -> dict[str, Any] | None:
     """What a finished job has come to; `None` while it is not finished."""
     try:
         found = json.loads((job.folder / "result.json").read_text("utf-8"))
-        return found if found["epochs"] >= job.epochs else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
+    return None if conflict(job) else found
 
 
-def run(jobs: Sequence[Job]) -> dict[str, str]:
+def conflict(job: Job) -> str:
+    """What tells the run in a job's folder from the job; nothing if it is it.
+
+    A run of another recipe or length is no part of the sweep, and is not to be
+    taken for one.
+    """
+    found = runs.settings_of(job.folder)
+    if found is None:
+        return ""
+    for name in (*runs.FIXED_SETTINGS, "epochs"):
+        if found.get(name) != job.settings[name]:
+            return (
+                f"{job.folder} holds a run of {name}={found.get(name)}, and "
+                f"{name}={job.settings[name]} is asked for. Give another "
+                "--runs_dir, or delete the folder."
+            )
+    if "lengths" in found:
+        return (
+            f"{job.folder} holds a run whose --epochs was changed on the way: "
+            f"{found['lengths']}. Give another --runs_dir, or delete the "
+            "folder."
+        )
+    if job.settings["test"] and found.get("test_error", 0) is None:
+        return (
+            f"{job.folder} holds a run of --notest, which did not look at the "
+            "test images. Give another --runs_dir, or delete the folder."
+        )
+    return ""
+
+
+def run(jobs: Sequence[Job]) -> dict[str, Failure]:
     """Does all jobs that no other process is at or has done.
 
+    It ends early where a second job fails for the very reason of a first one:
+    the others would, too.
+
     Returns:
-        Why jobs failed, by their names.
+        The jobs that failed, by their names.
     """
     # A kill, too, is to end the run that is under way, and not orphan it.
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -90,32 +133,48 @@ def run(jobs: Sequence[Job]) -> dict[str, str]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _run(jobs: Sequence[Job]) -> dict[str, str]:
-    failed: dict[str, str] = {}
-    done = sum(result(job) is not None for job in jobs)
-    print(f"{done} of {len(jobs)} runs are finished already.", flush=True)
-    for job in jobs:
-        # Only now: another process may have done it meanwhile.
-        if result(job) is not None or runs.is_held(job.folder):
-            continue
-        reason = _do(job, jobs)
-        if reason:
-            failed[job.name] = reason
-            print(f"{job.name}: failed. {reason}", flush=True)
-    missing = [
-        job.name
-        for job in jobs
-        if result(job) is None and job.name not in failed
-    ]
-    if missing:
-        print(f"Other processes are at {', '.join(missing)}.")
+def _run(jobs: Sequence[Job]) -> dict[str, Failure]:
+    failed: dict[str, Failure] = {}
+
+    def missing() -> list[Job]:
+        left = (job for job in jobs if job.name not in failed)
+        return [job for job in left if result(job) is None]
+
+    def free() -> list[Job]:
+        return [job for job in missing() if not runs.is_held(job.folder)]
+
+    print(
+        f"{len(jobs) - len(missing())} of {len(jobs)} runs are finished "
+        "already.",
+        flush=True,
+    )
+    # Again where another process has left a run that it was at.
+    while turn := free():
+        for job in turn:
+            if result(job) is not None or runs.is_held(job.folder):
+                continue
+            failure = _do(job, jobs, failed)
+            if failure is None:
+                continue
+            again = failure in failed.values()
+            failed[job.name] = failure
+            print(f"{job.name}: failed. {failure.reason}", flush=True)
+            if again:
+                return failed
+    if held := missing():
+        print(f"Other processes are at {', '.join(job.name for job in held)}.")
     elif not failed:
         print(f"All {len(jobs)} runs are finished.")
     return failed
 
 
-def _do(job: Job, jobs: Sequence[Job]) -> str:
-    """Does one job; returns why it failed, or nothing."""
+def _do(
+    job: Job, jobs: Sequence[Job], failed: dict[str, Failure]
+) -> Failure | None:
+    """Does one job; returns why it failed, if it did."""
+    other = conflict(job)
+    if other:
+        return Failure(other, diverged=False)
     place = f"[{jobs.index(job) + 1}/{len(jobs)}] {job.name}"
     seen = len(_rows(job))
     with tempfile.TemporaryFile("w+") as errors:
@@ -130,24 +189,29 @@ def _do(job: Job, jobs: Sequence[Job]) -> str:
                 rows = _rows(job)
                 if len(rows) > seen:
                     seen = len(rows)
-                    print(f"{place}: {_progress(job, jobs)}", flush=True)
+                    print(
+                        f"{place}: {_progress(job, jobs, failed)}", flush=True
+                    )
         finally:
             process.terminate()
             process.wait()
         errors.seek(0)
         said = errors.read().strip().splitlines()
     if process.returncode == Busy.status:  # another process began it just now
-        return ""
+        return None
     if process.returncode:
         last = said[-1] if said else f"exit status {process.returncode}"
-        return last.removeprefix(f"{PROGRAM.name}: ")
+        return Failure(
+            last.removeprefix(f"{PROGRAM.name}: "),
+            diverged=process.returncode == Diverged.status,
+        )
     print(f"{place}: {_summary(job)}", flush=True)
-    return ""
+    return None
 
 
-def _progress(job: Job, jobs: Sequence[Job]) -> str:
+def _progress(job: Job, jobs: Sequence[Job], failed: dict[str, Failure]) -> str:
     row = _rows(job)[-1]
-    left = seconds_left(jobs)
+    left = seconds_left([job for job in jobs if job.name not in failed])
     return (
         f"epoch {int(row['epoch'])} of {job.epochs}, validation error "
         f"{main.error(row['val_accuracy']):.2f} %, {row['seconds']:.0f} s an "
@@ -157,6 +221,8 @@ def _progress(job: Job, jobs: Sequence[Job]) -> str:
 
 def _summary(job: Job) -> str:
     found = result(job)
+    if found is None:  # another process has changed it meanwhile
+        return "finished"
     if found["test_error"] is None:
         return f"validation error {found['validation_error']:.2f} %"
     return f"test error {found['test_error']:.2f} %"
@@ -168,14 +234,14 @@ def seconds_left(jobs: Sequence[Job]) -> float:
     An epoch takes as long as those of its kind have taken (where there is
     none yet: as all have on average); processes share what is left.
     """
-    times: dict[str, list[float]] = {}
-    left: dict[str, int] = {}
+    times: dict[tuple[str, ...], list[float]] = {}
+    left: dict[tuple[str, ...], int] = {}
     workers = 0
     for job in jobs:
         rows = _rows(job)
         times.setdefault(job.kind, []).extend(row["seconds"] for row in rows)
         if result(job) is None:
-            epochs = job.epochs - len(rows)
+            epochs = max(job.epochs - len(rows), 0)
             left[job.kind] = left.get(job.kind, 0) + epochs
             workers += runs.is_held(job.folder)
     medians = {kind: statistics.median(t) for kind, t in times.items() if t}
