@@ -93,8 +93,8 @@ def convert(
             a matrix `(size of source, size of receiver)` for each pair.
             "convolutional" (our choice of a form that fits): 3x3 convolutions
             from feature map to feature map and, from a vector, a matrix for
-            each place of a 4x4 grid, resized to the receiver: the memory of
-            kernels. The law is the method's `map_initializer`.
+            each place of a 4x4 grid, resized to the receiver. The law is the
+            method's `map_initializer`.
 
     Train it with the callbacks of the method, `METHODS[...].callbacks()`, and
     of the methods in `layers`: without StrictNormalization uSF SN is normalized
@@ -358,7 +358,8 @@ def _say_bytes(
     """Logs the size of the maps that are about to be made.
 
     Raises:
-        ValueError: If the machine's memory cannot hold them.
+        ValueError: If the machine's main memory cannot hold them while they
+            are drawn.
     """
     shapes = {}
 
@@ -375,17 +376,23 @@ def _say_bytes(
     ]
     weight = np.dtype(keras.config.dtype_policy().variable_dtype).itemsize
 
+    def sizes(kind):
+        return [
+            weight * math.prod(map_between(*pair, kind).kernel_shape)
+            for pair in pairs
+        ]
+
     def size(kind):
-        return weight * sum(
-            math.prod(map_between(*pair, kind).kernel_shape) for pair in pairs
-        )
+        return sum(sizes(kind))
 
     needs = (
         f"{method.title}: {len(pairs)} fixed random {feedback_maps} maps for "
         f"model '{model.name}' need {_in_words(size(feedback_maps))}"
     )
     memory = _machine_memory()
-    if memory is not None and size(feedback_maps) > memory:
+    # While the largest is drawn, it is there twice.
+    peak = size(feedback_maps) + max(sizes(feedback_maps), default=0)
+    if memory is not None and peak > memory:
         fitting = ""
         if feedback_maps == "dense":
             fitting = (
@@ -405,7 +412,10 @@ def _in_words(size: int) -> str:
 
 
 def _machine_memory() -> int | None:
-    """In bytes; `None` where the system does not tell."""
+    """Main memory in bytes; `None` where the system does not tell.
+
+    An accelerator's own is not asked for: no backend-independent way tells it.
+    """
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):

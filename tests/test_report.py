@@ -308,8 +308,13 @@ def test_what_is_measured_is_no_recipe(changes, tmp_path, made):
     assert not set(changes) & set(output.split())
 
 
+def words_of(svg: Path) -> list[str]:
+    texts = ElementTree.parse(svg).getroot().itertext()
+    return [text.strip() for text in texts]
+
+
 def text_of(svg: Path) -> str:
-    return " ".join(ElementTree.parse(svg).getroot().itertext())
+    return " ".join(words_of(svg))
 
 
 def test_figures(tmp_path, made):
@@ -341,8 +346,10 @@ def test_figures(tmp_path, made):
     assert "paper" in errors
     for title in ("BP", "FA", "FA-uSF Init.", "FA-uSF SN", "DFA"):
         assert f"{title}: 16.7" in curves  # 50 % / 3 epochs
-    for word in (*LAYERS, "FA", "FA-uSF Init.", "90"):
+    for word in (*LAYERS, "FA-uSF Init.", "90"):
         assert word in angles
+    # A panel's title, and not the start of another's.
+    assert "FA" in words_of(files[5])
     assert angles.index("conv1") < angles.index("readout")
     assert "SN" not in angles
     assert "DFA" not in angles

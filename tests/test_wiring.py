@@ -81,7 +81,7 @@ def received(e: np.ndarray, kernel: np.ndarray, shape: tuple) -> np.ndarray:
     *places, _ = shape
     if kernel.ndim != len(shape) + 1:  # (n, N)
         return (e.reshape(len(e), -1) @ kernel).reshape(len(e), *shape)
-    convolves = e.ndim == kernel.ndim
+    convolves = e.ndim == kernel.ndim and np.prod(e.shape[1:-1]) > 1
     *window, _, channels = kernel.shape
     old = e.shape[1:-1] if convolves else window
     result = np.zeros((len(e), *places, channels), e.dtype)
@@ -362,6 +362,7 @@ MAPS = [
     ("convolutional", (3,), (6, 5), (4, 3, 5)),
     ("convolutional", (3,), (5, 2, 6, 2), (4, 2, 4, 3, 2)),
     ("convolutional", (2, 3, 4), (6, 5), (4, 24, 5)),
+    ("convolutional", (1, 1, 4), (6, 5, 2), (4, 4, 4, 2)),
     ("convolutional", (2, 3, 4), (6, 7, 5), (3, 3, 4, 5)),
     ("convolutional", (4, 4, 2), (4, 4, 3), (3, 3, 2, 3)),
     ("convolutional", (7, 4), (3, 2), (3, 4, 2)),
@@ -797,6 +798,18 @@ def test_maps_that_do_not_fit_name_their_bytes_and_those_of_others(
     with pytest.raises(ValueError, match=r"MiB\. Use a smaller") as refusal:
         convert(stock, method, feedback_maps="convolutional")
     assert f"need {convolutional}" in str(refusal.value)
+
+
+def test_a_map_fits_only_if_it_fits_while_it_is_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = [np.array(b).nbytes for b in _all_maps(convert(mlp(), "dfa"))]
+    peak = sum(sizes) + max(sizes)
+    monkeypatch.setattr(conversion, "_machine_memory", lambda: peak)
+    convert(mlp(), "dfa")
+    monkeypatch.setattr(conversion, "_machine_memory", lambda: peak - 1)
+    with pytest.raises(ValueError, match="fixed random dense maps"):
+        convert(mlp(), "dfa")
 
 
 def test_bytes_are_of_the_dtype_of_the_maps(

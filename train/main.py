@@ -138,8 +138,8 @@ flags.DEFINE_enum(
     "feedback_maps",
     "dense",
     ["dense", "convolutional"],
-    "Form of the fixed maps of DFA and DenseFA. convolutional takes the memory "
-    "of a kernel, where dense takes that of a matrix between two feature maps.",
+    "Form of the fixed maps of DFA and DenseFA. dense: a matrix between two "
+    "feature maps; convolutional: a small kernel, shared in space.",
 )
 flags.DEFINE_float(
     "dropout",

@@ -63,11 +63,11 @@ class SendError(keras.layers.Layer):
     | | (h, w, c) | (H, W, C) | (k, k, c, C) | `resize(conv(e, B))` |
     | | any other | (H, W, C) | (g, g, n, C) | `resize(e B)` on a g x g grid |
 
-    conv has stride 1 and "same" padding. resize is by nearest neighbour to
-    (H, W), value i of H being value `floor(i h / H)` of h, and all values are
-    multiplied with `sqrt(places before / places after)`: copying leaves the
-    norm of the error what it was. Maps with one or three dimensions of space
-    are treated alike.
+    A map of one place counts as a vector. conv has stride 1 and "same"
+    padding. resize is by nearest neighbour to (H, W), value i of H being value
+    `floor(i h / H)` of h, and all values are multiplied with
+    `sqrt(places before / places after)`: copying leaves the norm of the error
+    what it was. Maps with one or three dimensions of space are treated alike.
 
     So with a law of the variance `scale * 2 / (fan_in + fan_out)`, such as
     Glorot's (scale 1), the expected `||M_l e||^2 / ||e||^2` is
@@ -322,7 +322,7 @@ def map_between(
     source, receiver = _per_example(source), _per_example(receiver)
     if feedback_maps == "dense" or len(receiver) < 2:
         return DenseMap(source, receiver)
-    if len(source) == len(receiver):
+    if len(source) == len(receiver) and math.prod(source[:-1]) > 1:
         return ConvolutionalMap(source, receiver, kernel_size)
     return GridMap(source, receiver, grid_size)
 
