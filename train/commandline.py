@@ -117,7 +117,7 @@ def run(
         program(*[rest] if others else [])
     except UserError as wrong:
         print(f"{name}: {_one_line(wrong)}", file=sys.stderr)
-        return wrong.status
+        return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted. {interrupted}", file=sys.stderr)
         return 130

@@ -1,7 +1,5 @@
 """The exceptions that mean: the user can put this right."""
 
-import os
-
 
 class UserError(Exception):
     """Ends the program with its message as the one line on standard error.
@@ -9,16 +7,14 @@ class UserError(Exception):
     The message says what was given, what is allowed and what to do.
     """
 
-    status = 1
-
 
 class Busy(UserError):
-    """Another process is at it; the exit status says so."""
+    """Another process is at it. `SIGN` is in the message, for who reads it."""
 
-    status = os.EX_TEMPFAIL
+    SIGN = "another process is training this run"
 
 
 class Diverged(UserError):
-    """The loss stopped being a number; the exit status says so."""
+    """What was trained is no longer a number. `SIGN` is in the message."""
 
-    status = os.EX_SOFTWARE
+    SIGN = "the loss stopped being a number"

@@ -490,9 +490,8 @@ def train_in(
     )
     if writer.diverged is not None:
         raise Diverged(
-            f"{folder}: the loss stopped being a number in epoch "
-            f"{writer.diverged} of {config.epochs}. Delete the folder and try "
-            f"again, with less than --learning_rate={config.learning_rate}."
+            f"{folder}: {Diverged.SIGN} in epoch {writer.diverged} of "
+            f"{config.epochs}. Delete the folder and try again, with less than --learning_rate={config.learning_rate}."
         )
 
     # Report. This is the only use of the test images.

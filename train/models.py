@@ -130,7 +130,7 @@ def build(
     x = inputs
     for layer in preprocessing:
         x = layer(x)
-    options = {"dropout": dropout} if network.drops else {}
+    options = {"dropout": dropout} if dropout else {}
     logits = network.logits(x, classes, **options)
     model = keras.Model(inputs, logits, name=name)
     for layer in model.layers:

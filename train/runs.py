@@ -183,7 +183,7 @@ def held(folder: Path) -> Iterator[Callable[[], None]]:
         UserError: If it cannot be made.
     """
     busy = Busy(
-        f"{folder}: another process is training this run. Let it end, or "
+        f"{folder}: {Busy.SIGN}. Let it end, or "
         "choose another --seed or --runs_dir."
     )
     with contextlib.ExitStack() as locks:

@@ -197,13 +197,12 @@ def _do(
             process.wait()
         errors.seek(0)
         said = errors.read().strip().splitlines()
-    if process.returncode == Busy.status:  # another process began it just now
-        return None
     if process.returncode:
         last = said[-1] if said else f"exit status {process.returncode}"
+        if Busy.SIGN in last:  # another process began it just now
+            return None
         return Failure(
-            last.removeprefix(f"{PROGRAM.name}: "),
-            diverged=process.returncode == Diverged.status,
+            last.removeprefix(f"{PROGRAM.name}: "), Diverged.SIGN in last
         )
     print(f"{place}: {_summary(job)}", flush=True)
     return None
