@@ -491,7 +491,8 @@ def train_in(
     if writer.diverged is not None:
         raise Diverged(
             f"{folder}: {Diverged.SIGN} in epoch {writer.diverged} of "
-            f"{config.epochs}. Delete the folder and try again, with less than --learning_rate={config.learning_rate}."
+            f"{config.epochs}. Delete the folder and try again, with less than "
+            f"--learning_rate={config.learning_rate}."
         )
 
     # Report. This is the only use of the test images.
