@@ -16,6 +16,7 @@ import main
 import models
 import numpy as np
 import pytest
+import report
 import reproduce
 import runs
 import search
@@ -55,12 +56,14 @@ def settings(*arguments):
 # From end to end.
 
 
-def test_reproduction(tmp_path):
+def test_reproduction(tmp_path, capfd):
     """Two methods and two seeds, at once and in pieces: one table."""
     column = ["--column=digits", "--methods=bp,fa_usf_sn", "--seeds=2"]
     column += ["--epochs=2"]
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    output = output_of(begin("reproduce.py", *column, f"--runs_dir={whole}"))
+    at_once = ["reproduce.py", *column, f"--runs_dir={whole}"]
+    assert reproduce.run(at_once) == 0
+    output, _ = capfd.readouterr()
     assert "0 of 4 runs are finished already." in output
     assert output.rstrip().endswith("All 4 runs are finished.")
     epoch = re.compile(
@@ -70,7 +73,8 @@ def test_reproduction(tmp_path):
     assert epoch.search(output), output
 
     # Killed with all it has started, as soon as an epoch is on the disk.
-    killed = begin("reproduce.py", *column, f"--runs_dir={pieces}")
+    in_pieces = [*column, f"--runs_dir={pieces}"]
+    killed = begin("reproduce.py", *in_pieces)
     first = pieces / "digits-digits-bp-s0"
     deadline = time.time() + 300
     while not (first / "model.keras").exists() and time.time() < deadline:
@@ -79,25 +83,25 @@ def test_reproduction(tmp_path):
     killed.communicate()
     assert not (first / "result.json").exists()
     # Continued by two processes, which do not get into each other's way.
-    both = [
-        begin("reproduce.py", *column, f"--runs_dir={pieces}") for _ in range(2)
-    ]
-    outputs = [output_of(process) for process in both]
-    ended = re.findall(r"\] (.+): test error", "".join(outputs))
-    assert len(set(ended)) == 4
+    other = begin("reproduce.py", *in_pieces)
+    assert reproduce.run(["reproduce.py", *in_pieces]) == 0
+    output = output_of(other) + capfd.readouterr().out
+    ended = set(re.findall(r"\] (.+): test error", output))
+    assert len(ended) == 4
 
     tables = []
     for folder in (whole, pieces):
-        printed = output_of(begin("report.py", folder))
+        assert report.run(["report.py", str(folder)]) == 0
         tables.append((folder / "report" / "table.md").read_text())
-        assert tables[-1].strip() in printed
+        assert tables[-1].strip() in capfd.readouterr().out
         for name in ("errors", "learning_curves", "angles"):
             for suffix in ("png", "svg"):
                 figure = f"digits-digits-{name}.{suffix}"
                 assert (folder / "report" / figure).stat().st_size > 5000
     assert tables[0] == tables[1]
     assert tables[0].count("(n=2)") == 2
-    again = output_of(begin("reproduce.py", *column, f"--runs_dir={whole}"))
+    assert reproduce.run(at_once) == 0
+    again, _ = capfd.readouterr()
     assert "4 of 4 runs are finished already." in again
     assert "epoch" not in again
 
