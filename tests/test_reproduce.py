@@ -449,7 +449,7 @@ def test_diverged_point_is_left_out_and_another_failure_is_not(
         output, errors = capfd.readouterr()
         assert ("it broke" in errors) is not diverged
         assert (tmp_path / "digits_fa.flags").exists() is diverged
-    assert "diverged" in output
+    assert "| fa | **3.00** | - |" in output
     written = (tmp_path / "digits_fa.flags").read_text()
     assert f"# Diverged: {bad}" in written
 

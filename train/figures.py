@@ -23,6 +23,7 @@ from matplotlib.ticker import MultipleLocator
 from published import COLUMNS
 from published import Column
 from published import published
+from published import rows_of
 
 from keras_fa.methods import METHODS
 
@@ -54,7 +55,6 @@ class Line(NamedTuple):
 # Backpropagation is black and its controls grey; sign concordance is blue,
 # fixed random feedback orange. Told apart by the colour-blind, too (after
 # Okabe and Ito). E/I is dashed.
-CONTROL = Line("0.55")
 LINES = {
     "bp": Line("black"),
     "bp_noise": Line("0.55", ":"),
@@ -75,18 +75,14 @@ LINES = {
 def errors(column: Column, ours: dict[str, Cell]) -> Figure:
     """The test error of each method: our mean, every seed, and the paper's."""
     sources = published(column)
-    methods = [
-        method
-        for method in METHODS
-        if method in ours or any(method in s.errors for s in sources)
-    ]
+    methods = rows_of(column, ours)
     figure = Figure(
         figsize=(8, 1.4 + 0.34 * len(methods)), layout="constrained"
     )
     axes = figure.subplots()
     rows = {method: row for row, method in enumerate(methods)}
     for method, cell in ours.items():
-        row, color = rows[method], LINES.get(method, CONTROL).color
+        row, color = rows[method], LINES[method].color
         axes.barh(row, cell.mean, height=0.62, color=color, alpha=0.3)
         if cell.deviation is not None:
             axes.errorbar(
@@ -150,7 +146,7 @@ def learning_curves(column: Column, ours: dict[str, Cell]) -> Figure:
     # In the order in which the curves end, so that the legend reads as labels.
     for method in sorted(curves, key=last.get, reverse=True):
         label = f"{METHODS[method].title}: {last[method]:.1f}"
-        _draw(axes, curves[method], LINES.get(method, CONTROL), label)
+        _draw(axes, curves[method], LINES[method], label)
     axes.set_yscale("symlog", linthresh=1)
     axes.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
     values = [

@@ -16,7 +16,10 @@ stand there here. DFA and DenseFA were not run on larger networks, for memory.
 - A reproduction of the paper's CIFAR-10 1: 50 epochs of Adam, one seed.
 """
 
+from collections.abc import Container
 from typing import NamedTuple
+
+from keras_fa.methods import METHODS
 
 Column = tuple[str, str]  # data set and network
 
@@ -123,3 +126,13 @@ OTHERS: dict[Column, Published] = {
 def published(column: Column) -> list[Published]:
     """The sources that have figures for a column, the paper first."""
     return [source[column] for source in (PAPER, OTHERS) if column in source]
+
+
+def rows_of(column: Column, ours: Container[str]) -> list[str]:
+    """The methods that we or others have figures of, in the paper's order."""
+    sources = published(column)
+    return [
+        method
+        for method in METHODS
+        if method in ours or any(method in s.errors for s in sources)
+    ]

@@ -37,6 +37,7 @@ from errors import UserError
 from published import COLUMNS
 from published import Column
 from published import published
+from published import rows_of
 
 from keras_fa.methods import METHODS
 
@@ -67,8 +68,7 @@ def table(column: Column, ours: dict[str, Cell]) -> str:
             _gap({m: cell.mean for m, cell in ours.items()}, method, 2),
             *(_gap(s.errors, method, s.decimals) for s in sources),
         ]
-        for method in METHODS
-        if method in ours or any(method in s.errors for s in sources)
+        for method in rows_of(column, ours)
     ]
     dataset, model = column
     title = f"{COLUMNS[column]}: " if column in COLUMNS else ""

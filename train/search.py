@@ -81,12 +81,12 @@ def search(rest: list[str]) -> None:
     }
     failed = sweep.run(list(jobs.values()))
     columns.fail({n: f for n, f in failed.items() if not f.diverged})
+    results = {cell: sweep.result(job) for cell, job in jobs.items()}
     missing = [
         job.name
-        for job in jobs.values()
-        if sweep.result(job) is None and job.name not in failed
+        for cell, job in jobs.items()
+        if results[cell] is None and job.name not in failed
     ]
-    results = {cell: sweep.result(job) for cell, job in jobs.items()}
     print(table(methods, results))
     if FLAGS.write and missing:
         raise UserError(
@@ -105,7 +105,10 @@ def _folder(point: str) -> Path:
 
 
 def table(methods: list[str], results: dict) -> str:
-    """The validation errors in percent, the least of each method marked."""
+    """The validation errors in percent, the least of each method marked.
+
+    A point that diverged, or that another process is at, has none.
+    """
     lines = [["validation error, %", *(f"`{point}`" for point in FLAGS.point)]]
     lines.append(["---"] * len(lines[0]))
     for method in methods:
@@ -113,7 +116,7 @@ def table(methods: list[str], results: dict) -> str:
         lines.append([method])
         for point in FLAGS.point:
             found = results[method, point]
-            text = f"{found['validation_error']:.2f}" if found else "diverged"
+            text = f"{found['validation_error']:.2f}" if found else "-"
             lines[-1].append(f"**{text}**" if point == best else text)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
