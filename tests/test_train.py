@@ -657,7 +657,7 @@ def batches(split, seed=0, first_epoch=0, epochs=3):
         batch_size=6,
         steps_per_epoch=3,
         seed=seed,
-        first_epoch=first_epoch,
+        first_step=3 * first_epoch,
         epochs=epochs,
     )
     return [training[i] for i in range(len(training))]
@@ -714,7 +714,7 @@ def test_fit_sees_each_batch_once_in_order():
         batch_size=6,
         steps_per_epoch=3,
         seed=5,
-        first_epoch=1,
+        first_step=3,
         epochs=4,
     )
     model.fit(

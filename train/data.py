@@ -329,8 +329,8 @@ def _shift(size: int, seen: int) -> float:
 class TrainingBatches(keras.utils.PyDataset):
     """The raw batches of all epochs, one after the other.
 
-    A batch depends on nothing but its place, the seed and the number of the
-    epoch, so that a resumed run sees what an uninterrupted one would have
+    A batch depends on nothing but the seed, the number of the epoch and the
+    step in it, so that a resumed run sees what an uninterrupted one would have
     seen.
 
     Args:
@@ -338,7 +338,7 @@ class TrainingBatches(keras.utils.PyDataset):
         batch_size: Images in a batch.
         steps_per_epoch: Batches in an epoch, which leaves the rest out.
         seed: Of the order.
-        first_epoch: The epoch of batch 0.
+        first_step: The step of batch 0, counted over all epochs.
         epochs: The epoch to end before.
     """
 
@@ -349,7 +349,7 @@ class TrainingBatches(keras.utils.PyDataset):
         batch_size: int,
         steps_per_epoch: int,
         seed: int,
-        first_epoch: int,
+        first_step: int,
         epochs: int,
     ) -> None:
         super().__init__()
@@ -357,7 +357,7 @@ class TrainingBatches(keras.utils.PyDataset):
         self.batch_size = batch_size
         self.steps_per_epoch = steps_per_epoch
         self.seed = seed
-        self.first_epoch = first_epoch
+        self.first_step = first_step
         self.epochs = epochs
         self._order = functools.lru_cache(maxsize=1)(self._shuffled)
 
@@ -366,14 +366,12 @@ class TrainingBatches(keras.utils.PyDataset):
         return generator.permutation(len(self.split.labels))
 
     def __len__(self) -> int:
-        return (self.epochs - self.first_epoch) * self.steps_per_epoch
+        return self.epochs * self.steps_per_epoch - self.first_step
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        epoch, step = divmod(index, self.steps_per_epoch)
+        epoch, step = divmod(self.first_step + index, self.steps_per_epoch)
         start = step * self.batch_size
-        rows = self._order(self.first_epoch + epoch)[
-            start : start + self.batch_size
-        ]
+        rows = self._order(epoch)[start : start + self.batch_size]
         return self.split.images[rows], self.split.labels[rows]
 
 

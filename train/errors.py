@@ -1,4 +1,4 @@
-"""The exceptions that mean: the user can put this right."""
+"""The exceptions that end the program with one line."""
 
 
 class UserError(Exception):
@@ -17,4 +17,8 @@ class Busy(UserError):
 class Diverged(UserError):
     """What was trained is no longer a number. `SIGN` is in the message."""
 
-    SIGN = "the loss stopped being a number"
+    SIGN = "training diverged"
+
+
+class Stopped(Exception):
+    """The program was asked to end, and what it has done is on the disk."""

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import commandline
 import data
@@ -30,6 +31,7 @@ import models
 import runs
 from absl import flags
 from errors import Diverged
+from errors import Stopped
 from errors import UserError
 from strategies import STRATEGIES
 
@@ -41,6 +43,17 @@ from keras_fa.methods import Method
 
 PROBE_SIZE = 256
 EVALUATION_BATCH_SIZE = 256
+
+# Settings that change nothing of what is learned, and may change on the way.
+NO_RECIPE = (
+    "data_dir",
+    "download",
+    "runs_dir",
+    "resume",
+    "test",
+    "checkpoint_minutes",
+    "keep_checkpoints",
+)
 
 # name: class, default learning rate, default weight decay
 OPTIMIZERS = {
@@ -178,7 +191,22 @@ flags.DEFINE_bool(
     "resume",
     False,
     "Whether to continue the run if its folder exists: an unfinished one "
-    "from its last whole epoch, a finished one if --epochs is larger.",
+    "from its last checkpoint, a finished one if --epochs is larger.",
+)
+flags.DEFINE_float(
+    "checkpoint_minutes",
+    30.0,
+    "Minutes after which a checkpoint is written inside an epoch, at least 0; "
+    "0: only at the end of each epoch, and when the run is asked to end by "
+    "SIGTERM.",
+)
+flags.DEFINE_integer(
+    "keep_checkpoints",
+    2,
+    "Number of last checkpoints that are kept, 1 to 100: model.keras, "
+    "model.1.keras, ...",
+    lower_bound=1,
+    upper_bound=100,
 )
 flags.DEFINE_enum(
     "strategy",
@@ -232,7 +260,7 @@ flags.register_validator(
     lambda value: 0 <= value < 1,
     "it must be a number from 0 to below 1",
 )
-for _name in ("warmup_epochs", "weight_decay"):
+for _name in ("warmup_epochs", "weight_decay", "checkpoint_minutes"):
     flags.register_validator(
         _name,
         lambda value: value is None or 0 <= value < math.inf,
@@ -246,9 +274,9 @@ def settings() -> SimpleNamespace:
     """The flags; where none is given, the data set's and optimiser's own."""
     names = """dataset model method epochs batch_size optimizer learning_rate
         warmup_epochs weight_decay kernel_scale feedback_scale feedback_maps
-        dropout test seed data_dir download runs_dir resume strategy
-        virtual_devices dtype_policy jit_compile steps_per_execution
-        alignment_every""".split()
+        dropout test seed data_dir download runs_dir resume
+        checkpoint_minutes keep_checkpoints strategy virtual_devices
+        dtype_policy jit_compile steps_per_execution alignment_every""".split()
     chosen = SimpleNamespace(**{name: FLAGS[name].value for name in names})
     chosen.backend = keras.backend.backend()
     if chosen.jit_compile is None:
@@ -369,12 +397,21 @@ def train(config: SimpleNamespace) -> None:
     """The experiment, from the data to the report."""
     check(config)
     folder = run_folder(config)
-    with runs.held(folder) as make_folder:
-        train_in(folder, make_folder, config)
+    try:
+        with (
+            runs.Termination() as termination,
+            runs.held(folder) as make_folder,
+        ):
+            train_in(folder, make_folder, config, termination)
+    except Stopped as stopped:
+        print(stopped, flush=True)
 
 
 def train_in(
-    folder: Path, make_folder: Callable[[], None], config: SimpleNamespace
+    folder: Path,
+    make_folder: Callable[[], None],
+    config: SimpleNamespace,
+    termination: runs.Termination,
 ) -> None:
     """The experiment in a run folder that no other process is at."""
     progress = runs.look(folder, vars(config), config.resume)
@@ -382,6 +419,10 @@ def train_in(
         print(f"{folder}: finished already, after {progress.epoch} epochs.")
         report(folder, progress.result)
         return
+
+    def stop_if_asked(batch: int = 0, logs: Any = None) -> None:
+        if termination.asked:
+            raise Stopped(f"{folder}: stopped; go on with --resume.")
 
     # Devices and randomness.
     placement = STRATEGIES[config.strategy](config.virtual_devices)
@@ -406,16 +447,18 @@ def train_in(
             f"{config.steps_per_execution} needs more than the {images} "
             f"training images of {config.dataset}. Give smaller ones."
         )
-    training = data.feed(
-        data.TrainingBatches(
-            splits.train,
-            batch_size=config.batch_size,
-            steps_per_epoch=steps_per_epoch,
-            seed=config.seed,
-            first_epoch=progress.epoch,
-            epochs=config.epochs,
+
+    def training(first_step: int) -> Any:
+        return data.feed(
+            data.TrainingBatches(
+                splits.train,
+                batch_size=config.batch_size,
+                steps_per_epoch=steps_per_epoch,
+                seed=config.seed,
+                first_step=first_step,
+                epochs=config.epochs,
+            )
         )
-    )
 
     # Model and optimiser.
     with placement.scope:
@@ -432,100 +475,165 @@ def train_in(
             jit_compile=config.jit_compile,
             steps_per_execution=config.steps_per_execution,
         )
-        if progress.epoch:
-            runs.restore(folder, progress, model)
+        if progress.checkpoint is not None:
+            runs.restore(progress, model)
 
     # Training.
+    stop_if_asked()
     make_folder()
-    curves = startup.installed("tensorflow", "tensorboard")
-    callbacks = METHODS[config.method].callbacks()
-    monitor = None
-    if config.alignment_every:
-        monitor = AlignmentMonitor(
-            probe=tuple(part[:PROBE_SIZE] for part in splits.validation),
-            log_dir=str(folder) if curves else None,
-            every=config.alignment_every,
-        )
-        callbacks.append(monitor)
+    tested = len(splits.test.labels) if config.test else 0
+    done = f"{progress.epoch} of {config.epochs} epochs are trained"
+    if progress.partial.step:
+        done += f", and {progress.partial.step} of {steps_per_epoch} steps"
+    print(
+        f"{config.method} on {config.dataset}: {images} training, "
+        f"{len(splits.validation.labels)} validation and {tested} test images; "
+        f"{done}."
+    )
     recipe = {
         name: value
         for name, value in vars(config).items()
-        if name not in ("data_dir", "download", "runs_dir", "resume", "test")
+        if name not in NO_RECIPE
     }
     if progress.lengths and progress.lengths[-1] != config.epochs:
         progress.lengths.append(config.epochs)
     if len(progress.lengths) > 1:
         # Not what a run of this length in one piece would have been.
         recipe["lengths"] = progress.lengths
-    writer = runs.RunWriter(
-        folder,
-        recipe,
-        progress,
-        examples_per_epoch=steps_per_epoch * config.batch_size,
-        monitor=monitor,
-    )
-    if curves:
-        callbacks.append(
-            keras.callbacks.TensorBoard(str(folder), write_graph=False)
+    with runs.written_to(folder, progress):
+        curves = startup.installed("tensorflow", "tensorboard")
+        callbacks = METHODS[config.method].callbacks()
+        monitor = None
+        if config.alignment_every:
+            monitor = AlignmentMonitor(
+                probe=tuple(part[:PROBE_SIZE] for part in splits.validation),
+                log_dir=str(folder) if curves else None,
+                every=config.alignment_every,
+            )
+            callbacks.append(monitor)
+        if curves:
+            callbacks.append(
+                keras.callbacks.TensorBoard(str(folder), write_graph=False)
+            )
+        else:
+            print("No TensorBoard files: tensorflow or tensorboard is missing.")
+        callbacks += [
+            keras.callbacks.TerminateOnNaN(),
+            runs.RunWriter(
+                folder,
+                recipe,
+                progress,
+                examples_per_epoch=steps_per_epoch * config.batch_size,
+                monitor=monitor,
+                minutes=config.checkpoint_minutes,
+                keep=config.keep_checkpoints,
+                terminated=lambda: termination.asked,
+            ),
+        ]
+        try:
+            while progress.epoch < config.epochs:
+                fit(
+                    model,
+                    progress,
+                    callbacks,
+                    training,
+                    splits.validation,
+                    steps_per_epoch,
+                    config.epochs,
+                )
+        except (Stopped, Diverged):
+            for callback in callbacks:
+                callback.on_train_end()
+            raise
+
+        # Report. This is the only use of the test images.
+        stop_if_asked()
+        test_error = None
+        if config.test:
+            metrics = model.evaluate(
+                *splits.test,
+                batch_size=EVALUATION_BATCH_SIZE,
+                callbacks=[
+                    keras.callbacks.LambdaCallback(
+                        on_test_batch_end=stop_if_asked
+                    )
+                ],
+                verbose=0,
+                return_dict=True,
+            )
+            test_error = error(metrics["accuracy"])
+        last = progress.rows[-1]
+        result = {
+            **recipe,
+            "test_error": test_error,
+            "train_error": error(last["accuracy"]),
+            "validation_error": error(last["val_accuracy"]),
+            "seconds": round(progress.seconds, 2),
+            "examples_per_second": round(progress.examples_per_second, 1),
+            "steps_per_epoch": steps_per_epoch,
+            "parameters": sum(
+                math.prod(variable.shape)
+                for variable in model.trainable_variables
+            ),
+            "versions": {
+                "python": platform.python_version(),
+                "keras_fa": keras_fa.__version__,
+                "keras": keras.__version__,
+                config.backend: importlib.import_module(
+                    config.backend
+                ).__version__,
+            },
+        }
+        runs.write_result(folder, result)
+    report(folder, result)
+
+
+def fit(
+    model: keras.Model,
+    progress: runs.Progress,
+    callbacks: list[keras.callbacks.Callback],
+    training: Callable[[int], Any],
+    validation: data.Split,
+    steps_per_epoch: int,
+    epochs: int,
+) -> None:
+    """Trains to the end, or, where an epoch was left inside, to its end.
+
+    Args:
+        model: The compiled model.
+        progress: How far it is; the `RunWriter` among the callbacks adds to it.
+        callbacks: Of the training.
+        training: Gives the batches from a step on, counted over all epochs.
+        validation: The images after each epoch.
+        steps_per_epoch: Steps in a whole epoch.
+        epochs: The number of the last epoch.
+    """
+    done = progress.partial.step
+    if done == steps_per_epoch:
+        runs.finish_epoch(
+            model,
+            progress,
+            callbacks,
+            lambda events: model.evaluate(
+                *validation,
+                batch_size=EVALUATION_BATCH_SIZE,
+                callbacks=events,
+                verbose=0,
+                return_dict=True,
+            ),
         )
-    else:
-        print("No TensorBoard files: tensorflow or tensorboard is missing.")
-    callbacks += [keras.callbacks.TerminateOnNaN(), writer]
-    tested = len(splits.test.labels) if config.test else 0
-    print(
-        f"{config.method} on {config.dataset}: {images} training, "
-        f"{len(splits.validation.labels)} validation and {tested} test images; "
-        f"{progress.epoch} of {config.epochs} epochs are trained."
-    )
+        return
     model.fit(
-        training,
-        validation_data=tuple(splits.validation),
+        training(progress.epoch * steps_per_epoch + done),
+        validation_data=tuple(validation),
         validation_batch_size=EVALUATION_BATCH_SIZE,
-        epochs=config.epochs,
+        epochs=epochs,
         initial_epoch=progress.epoch,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=steps_per_epoch - done,
         callbacks=callbacks,
         shuffle=False,
         verbose=1 if sys.stdout.isatty() else 2,
     )
-    if writer.diverged is not None:
-        raise Diverged(
-            f"{folder}: {Diverged.SIGN} in epoch {writer.diverged} of "
-            f"{config.epochs}. Delete the folder and try again, with less than "
-            f"--learning_rate={config.learning_rate}."
-        )
-
-    # Report. This is the only use of the test images.
-    test_error = None
-    if config.test:
-        metrics = model.evaluate(
-            *splits.test,
-            batch_size=EVALUATION_BATCH_SIZE,
-            verbose=0,
-            return_dict=True,
-        )
-        test_error = error(metrics["accuracy"])
-    last = progress.rows[-1]
-    result = {
-        **recipe,
-        "test_error": test_error,
-        "train_error": error(last["accuracy"]),
-        "validation_error": error(last["val_accuracy"]),
-        "seconds": round(progress.seconds, 2),
-        "examples_per_second": round(progress.examples_per_second, 1),
-        "steps_per_epoch": steps_per_epoch,
-        "parameters": sum(
-            math.prod(variable.shape) for variable in model.trainable_variables
-        ),
-        "versions": {
-            "python": platform.python_version(),
-            "keras_fa": keras_fa.__version__,
-            "keras": keras.__version__,
-            config.backend: importlib.import_module(config.backend).__version__,
-        },
-    }
-    runs.write_result(folder, result)
-    report(folder, result)
 
 
 def build(config: SimpleNamespace) -> keras.Model:

@@ -1,16 +1,22 @@
 """The folder of a run: what is in it, how it is continued.
 
-    model.keras     the model after the last whole epoch; also the checkpoint:
-                    besides Keras's own members the archive holds `run.json`
-                    with the settings, the rows of the history and the state
-                    of the random generators, which Keras does not save
+    model.keras     the model as it was last saved; also the checkpoint: besides
+                    Keras's own members the archive holds `run.json` with the
+                    settings, the rows of the history, how far the epoch under
+                    way is, and the state of the random generators, which Keras
+                    does not save
+    model.1.keras   the one before; there may be more
     history.csv     one row an epoch
     result.json     written when the run is finished
 
 All of them are written aside and then renamed, so a file is the old or the
 new one, never half of it. One file holds all that a run is continued from, so
-the parts of a checkpoint cannot belong to different epochs; `history.csv` is
-written anew from it.
+the parts of a checkpoint cannot belong to different steps; `history.csv` is
+written anew from it. Where the newest checkpoint is damaged all the same, the
+run goes on from the one before, and learns what it has learned before.
+
+TensorBoard's events are written as they come: where a run was killed and goes
+on, those behind its checkpoint are there twice, with equal values.
 """
 
 import contextlib
@@ -20,7 +26,10 @@ import fcntl
 import json
 import math
 import os
+import signal
 import statistics
+import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -28,15 +37,23 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from typing import Self
 
 import files
 import keras
+import numpy as np
 from errors import Busy
+from errors import Diverged
+from errors import Stopped
 from errors import UserError
 
 # A run that goes on with another value of one of these is no run of that
 # value; --epochs may grow, and the rest does not change what is learned.
 FIXED_SETTINGS = (
+    "dataset",
+    "model",
+    "method",
+    "seed",
     "backend",
     "batch_size",
     "optimizer",
@@ -52,8 +69,54 @@ FIXED_SETTINGS = (
 )
 
 
+# What to do about a divergence: where the first one applies, it says best.
+REMEDIES: tuple[tuple[Callable[[dict[str, Any]], bool], str], ...] = (
+    (
+        lambda run: run["dtype_policy"] == "mixed_float16",
+        "--dtype_policy=mixed_bfloat16 or float32, whose range is larger",
+    ),
+    (
+        lambda run: run["kernel_scale"] > 1,
+        "less than --kernel_scale={kernel_scale}",
+    ),
+    (
+        lambda run: run["feedback_scale"] > 1,
+        "less than --feedback_scale={feedback_scale}",
+    ),
+    (
+        lambda run: run["method"] in ("fa", "fa_usf_init", "fa_usf_init_ei"),
+        "less than --learning_rate={learning_rate}, a smaller "
+        "--feedback_scale, or --method=fa_usf_sn, whose feedback has the norm "
+        "of the weights",
+    ),
+    (
+        lambda run: True,
+        "less than --learning_rate={learning_rate} or a longer warm-up than "
+        "--warmup_epochs={warmup_epochs}",
+    ),
+)
+
 # Tries to lock a folder: another process may only have looked who is at it.
 PATIENCE = 5
+
+
+@dataclasses.dataclass
+class Partial:
+    """How far an epoch is that is under way.
+
+    Attributes:
+        step: The number of its steps that are done.
+        metrics: The values of the metrics' variables after them.
+        logs: The metrics themselves, means over these steps.
+        seconds: The time it has taken.
+        training_seconds: The same, without validation.
+    """
+
+    step: int = 0
+    metrics: list[Any] = dataclasses.field(default_factory=list)
+    logs: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    training_seconds: float = 0.0
 
 
 @dataclasses.dataclass
@@ -62,16 +125,22 @@ class Progress:
 
     Attributes:
         rows: Of the history.
+        partial: The epoch under way.
         random_state: Of the seed generators.
         result: What `result.json` holds, if the run is finished.
         lengths: The values of --epochs that the learning rate was scheduled
             for so far, one after the other.
+        checkpoint: The newest whole one, if there is one.
+        saved: How far that one is, in words.
     """
 
     rows: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    partial: Partial = dataclasses.field(default_factory=Partial)
     random_state: list[list[int]] = dataclasses.field(default_factory=list)
     result: dict[str, Any] | None = None
     lengths: list[int] = dataclasses.field(default_factory=list)
+    checkpoint: Path | None = None
+    saved: str = ""
 
     @property
     def epoch(self) -> int:
@@ -79,8 +148,15 @@ class Progress:
         return len(self.rows)
 
     @property
+    def place(self) -> str:
+        """How far it is, in words."""
+        if self.partial.step:
+            return f"in epoch {self.epoch + 1}, after step {self.partial.step}"
+        return f"after epoch {self.epoch}"
+
+    @property
     def seconds(self) -> float:
-        """The time they took, validation included."""
+        """The time the whole epochs took, validation included."""
         return sum(row["seconds"] for row in self.rows)
 
     @property
@@ -110,45 +186,88 @@ def look(folder: Path, settings: dict[str, Any], resume: bool) -> Progress:
             f"{folder}: this run exists already. Add --resume to continue it, "
             "delete the folder, or choose another --seed or --runs_dir."
         )
-    checkpoint, result = folder / "model.keras", folder / "result.json"
-    if not checkpoint.exists():
+    result = folder / "result.json"
+    if not files.kept(folder / "model.keras"):
         if result.exists():
             raise UserError(
                 f"{folder}: there is a result.json but no model.keras to go "
                 "on from. Delete the folder to start again."
             )
         return Progress()
-    try:
-        with zipfile.ZipFile(checkpoint) as archive:
-            torn = archive.testzip()
-            if torn is not None:
-                raise ValueError(f"bad checksum of {torn}")
-            saved = json.loads(archive.read("run.json"))
-        progress = Progress(saved["rows"], saved["random_state"])
-        begun = saved["settings"]
-        progress.lengths = begun.get("lengths", [begun["epochs"]])
-        if result.exists():
-            progress.result = json.loads(result.read_text("utf-8"))
-            progress.result["test_error"]
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
-        raise UserError(
-            f"{folder}: model.keras or result.json is damaged "
-            f"({type(e).__name__}: {e}). Delete the folder to start again."
-        ) from e
+    progress, begun = _newest(folder)
     for name in FIXED_SETTINGS:
-        if saved["settings"].get(name) != settings[name]:
+        if begun.get(name) != settings[name]:
             flag = "KERAS_BACKEND" if name == "backend" else f"--{name}"
             raise UserError(
                 f"{folder}: this run was started with "
-                f"{flag}={saved['settings'].get(name)}, not {settings[name]}. "
+                f"{flag}={begun.get(name)}, not {settings[name]}. "
                 "Resume it as it was started, or choose another --runs_dir."
             )
-    if progress.result is None and progress.epoch > settings["epochs"]:
+    if result.exists():
+        try:
+            progress.result = json.loads(result.read_text("utf-8"))
+            progress.result["test_error"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            progress.result = None
+            _say(f"{result}: {_damage(error)}; it is made anew.")
+    begun_epochs = progress.epoch + (progress.partial.step > 0)
+    if progress.result is None and begun_epochs > settings["epochs"]:
         raise UserError(
-            f"{folder}: {progress.epoch} epochs are trained already, more "
-            f"than --epochs={settings['epochs']}. Ask for at least as many."
+            f"{folder}: {begun_epochs} epochs are trained or begun already, "
+            f"more than --epochs={settings['epochs']}. Ask for at least as "
+            "many."
         )
     return progress
+
+
+def _newest(folder: Path) -> tuple[Progress, dict[str, Any]]:
+    """The newest checkpoint that is whole, and the settings in it."""
+    newest = folder / "model.keras"
+    wrong = [] if newest.exists() else ["missing"]
+    for checkpoint in files.kept(newest):
+        try:
+            progress, settings = _read(checkpoint)
+        except (
+            OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile
+        ) as error:  # fmt: skip
+            wrong.append(_damage(error))
+            continue
+        if wrong:
+            _say(
+                f"{newest}: {wrong[0]}; going on from {checkpoint.name}, "
+                f"{progress.place}."
+            )
+        return progress, settings
+    raise UserError(
+        f"{newest}: {wrong[0]}, and no checkpoint before it is whole. Delete "
+        "the folder to start again."
+    )
+
+
+def _read(checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
+    with zipfile.ZipFile(checkpoint) as archive:
+        torn = archive.testzip()
+        if torn is not None:
+            raise ValueError(f"bad checksum of {torn}")
+        saved = json.loads(archive.read("run.json"))
+    settings = saved["settings"]
+    progress = Progress(
+        saved["rows"],
+        Partial(**saved["partial"]),
+        saved["random_state"],
+        lengths=settings.get("lengths", [settings["epochs"]]),
+        checkpoint=checkpoint,
+    )
+    progress.saved = progress.place
+    return progress, settings
+
+
+def _damage(error: Exception) -> str:
+    return f"damaged ({type(error).__name__}: {error})"
+
+
+def _say(message: str) -> None:
+    print(" ".join(message.split()), file=sys.stderr)
 
 
 def settings_of(folder: Path) -> dict[str, Any] | None:
@@ -160,11 +279,12 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
         return json.loads((folder / "result.json").read_text("utf-8"))
     except (OSError, ValueError):
         pass
-    try:
-        with zipfile.ZipFile(folder / "model.keras") as archive:
-            return json.loads(archive.read("run.json"))["settings"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return None
+    for checkpoint in files.kept(folder / "model.keras"):
+        with contextlib.suppress(
+            OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile
+        ):
+            return _read(checkpoint)[1]
+    return None
 
 
 @contextlib.contextmanager
@@ -235,20 +355,17 @@ def is_held(folder: Path) -> bool:
         return True
 
 
-def restore(folder: Path, progress: Progress, model: keras.Model) -> None:
+def restore(progress: Progress, model: keras.Model) -> None:
     """Puts a compiled model back to where its checkpoint was."""
     try:
         model.optimizer.build(model.trainable_variables)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Skipping variable loading")
-            model.load_weights(folder / "model.keras")
-        for variable, value in zip(
-            _random_state(model), progress.random_state, strict=True
-        ):
-            variable.assign(value)
+            model.load_weights(progress.checkpoint)
+        _assign(_random_state(model), progress.random_state)
     except (OSError, UserWarning, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder / 'model.keras'}: does not fit this run's model "
+            f"{progress.checkpoint}: does not fit this run's model "
             f"({str(error).splitlines()[0]}). Delete the folder to start again."
         ) from error
 
@@ -259,18 +376,89 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
     files.replace(folder / "result.json", lambda aside: aside.write_text(text))
 
 
-class RunWriter(keras.callbacks.Callback):
-    """Writes a row of `history.csv` and the checkpoint after each epoch.
+class Termination:
+    """Hears SIGTERM while it is entered, and notes it.
 
-    It comes last among the callbacks. Nothing is written for an epoch whose
-    loss is not a number; `diverged` then holds the number of the epoch.
+    In a thread other than the main one, where Python hears no signals, it
+    hears nothing.
+
+    Attributes:
+        asked: Whether the program was asked to end.
+    """
+
+    asked = False
+
+    def __enter__(self) -> Self:
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._previous = signal.signal(signal.SIGTERM, self._hear)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _hear(self, *signal: object) -> None:
+        self.asked = True
+
+
+@contextlib.contextmanager
+def written_to(folder: Path, progress: Progress) -> Iterator[None]:
+    """Turns the errors of a full or failing disk into one line.
+
+    Args:
+        folder: The run's.
+        progress: What is saved of it, which changes meanwhile.
+
+    Raises:
+        UserError: If the disk is full or fails.
+    """
+    try:
+        yield
+    except (UserError, Stopped):
+        raise
+    except Exception as error:
+        reason = files.disk_error(error)
+        if reason is None:
+            raise
+        safe = "nothing of the run is saved yet"
+        if progress.checkpoint is not None:
+            safe = f"the checkpoint {progress.saved} is whole"
+        raise UserError(
+            f"{folder}: cannot be written to ({reason}); {safe}. Free space, "
+            "and go on with --resume."
+        ) from error
+
+
+class RunWriter(keras.callbacks.Callback):
+    """Writes a row of `history.csv` after each epoch, and the checkpoints.
+
+    There is a checkpoint after each epoch, in between whenever some time has
+    passed since the last, and when the program is asked to end. Saving changes
+    nothing of what is learned. It comes last among the callbacks.
+
+    An epoch that was left is gone on with: `fit` is given the steps that are
+    left of it, the metrics go on from where they were, so that the row is that
+    of an epoch in one piece, and `fit` ends after it.
 
     Args:
         folder: the run's.
         settings: the run's, kept in the checkpoint.
-        progress: the epochs before; this one adds to it.
+        progress: what was done before; this one adds to it.
         examples_per_epoch: number of images an epoch trains on.
         monitor: the `AlignmentMonitor` whose values become columns, or None.
+        minutes: between two checkpoints inside an epoch; 0: there are none.
+        keep: number of checkpoints that are kept, at least 1.
+        terminated: whether the program was asked to end.
+        agree: what several workers make of a question that each answers for
+            itself; all of them ask at the same steps.
+        writes: whether this is the worker that writes.
+
+    Raises:
+        Stopped: At the end of the step under way, when the program was asked
+            to end and what is done is saved.
+        Diverged: After an epoch, or instead of saving, if a weight, the loss
+            or another metric is not a finite number.
     """
 
     COLUMNS = (
@@ -291,6 +479,11 @@ class RunWriter(keras.callbacks.Callback):
         progress: Progress,
         examples_per_epoch: int,
         monitor: Any = None,
+        minutes: float = 0.0,
+        keep: int = 1,
+        terminated: Callable[[], bool] = lambda: False,
+        agree: Callable[[bool], bool] = bool,
+        writes: bool = True,
     ):
         super().__init__()
         self.folder = folder
@@ -298,7 +491,17 @@ class RunWriter(keras.callbacks.Callback):
         self.progress = progress
         self.examples_per_epoch = examples_per_epoch
         self.monitor = monitor
-        self.diverged: int | None = None
+        self.minutes = minutes
+        self.keep = keep
+        self.terminated = terminated
+        self.agree = agree
+        self.writes = writes
+        self._saved_at = time.monotonic()
+        if writes and progress.checkpoint is not None:
+            # What is newer is damaged, and must not take a whole one's place.
+            newest = folder / "model.keras"
+            os.replace(progress.checkpoint, newest)
+            progress.checkpoint = newest
 
     def on_train_begin(self, logs=None):
         # A run that is continued may measure more or less than it did before.
@@ -314,50 +517,165 @@ class RunWriter(keras.callbacks.Callback):
                 writer.writeheader()
                 writer.writerows(self.progress.rows)
 
-        files.replace(self.folder / "history.csv", write)
+        if self.writes:
+            files.replace(self.folder / "history.csv", write)
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.began = self.trained = time.perf_counter()
+        self.begun = self.progress.partial
+        self.step = self.begun.step
+        self.began = time.perf_counter()
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 0 and self.begun.step:
+            _assign(self.model.metrics_variables, self.begun.metrics)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.step = self.begun.step + batch + 1
+        elapsed = time.monotonic() - self._saved_at
+        due = self.minutes and elapsed >= 60 * self.minutes
+        if self.agree(self.terminated() or bool(due)):
+            self._note()
+            self._save()
+            self._stop_if_asked()
 
     def on_test_begin(self, logs=None):
-        self.trained = time.perf_counter()
+        # While the metrics are those of training.
+        if self.step > self.begun.step:
+            self._note()
+
+    def on_test_batch_end(self, batch, logs=None):
+        if self.agree(self.terminated()):
+            self._save()
+            self._stop_if_asked()
 
     def on_epoch_end(self, epoch, logs=None):
         logs = {name: float(value) for name, value in (logs or {}).items()}
-        if not all(math.isfinite(value) for value in logs.values()):
-            self.diverged = epoch + 1
-            self.model.stop_training = True
-            return
+        trained = self.progress.partial.training_seconds
         row = {
             "epoch": epoch + 1,
             "learning_rate": float(self.model.optimizer.learning_rate),
             **logs,
-            "seconds": time.perf_counter() - self.began,
-            "examples_per_second": self.examples_per_epoch
-            / (self.trained - self.began),
+            "seconds": self.begun.seconds + time.perf_counter() - self.began,
+            "examples_per_second": self.examples_per_epoch / trained,
         }
         if self.monitor is not None:
             row |= self.monitor.history.get(epoch, {})
+        self._check(logs)
         self.progress.rows.append(row)
-        with (self.folder / "history.csv").open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
-        files.replace(self.folder / "model.keras", self._write_checkpoint)
+        self.progress.partial = Partial()
+        if self.writes:
+            with (self.folder / "history.csv").open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+        self._save()
+        if self.begun.step:
+            self.model.stop_training = True
+
+    def _note(self) -> None:
+        """Notes how far the epoch under way is."""
+        elapsed = time.perf_counter() - self.began
+        self.progress.partial = Partial(
+            self.step,
+            [array.tolist() for array in _values(self.model.metrics_variables)],
+            {
+                name: float(value)
+                for name, value in self.model.get_metrics_result().items()
+            },
+            self.begun.seconds + elapsed,
+            self.begun.training_seconds + elapsed,
+        )
+
+    def _save(self) -> None:
+        self._check(self.progress.partial.logs)
+        if self.writes:
+            newest = self.folder / "model.keras"
+            files.replace(newest, self._write_checkpoint, self.keep)
+            for old in files.kept(newest)[self.keep :]:
+                old.unlink()
+            self.progress.checkpoint = newest
+        self.progress.saved = self.progress.place
+        self._saved_at = time.monotonic()
 
     def _write_checkpoint(self, aside: Path) -> None:
         self.model.save(aside)
         run = {
             "settings": self.settings,
             "rows": self.progress.rows,
+            "partial": dataclasses.asdict(self.progress.partial),
             "random_state": [
-                variable.numpy().tolist()
-                for variable in _random_state(self.model)
+                array.tolist() for array in _values(_random_state(self.model))
             ],
         }
         with zipfile.ZipFile(aside, "a") as archive:
             archive.writestr("run.json", json.dumps(run))
 
+    def _stop_if_asked(self) -> None:
+        if self.agree(self.terminated()):
+            raise Stopped(
+                f"{self.folder}: stopped {self.progress.place}; go on with "
+                "--resume."
+            )
+
+    def _check(self, logs: dict[str, float]) -> None:
+        """Refuses to go on, or to save, what is not a number any more."""
+        layers = [
+            layer.name
+            for layer in self.model.layers
+            if not all(np.isfinite(a).all() for a in _values(layer.weights))
+        ]
+        lost = [
+            name for name, value in logs.items() if not math.isfinite(value)
+        ]
+        if not layers and not lost:
+            return
+        holds = (
+            f"weights of {', '.join(layers)}"
+            if layers
+            else (f"{', '.join(lost)}, though all weights still are")
+        )
+        remedy = next(
+            text for applies, text in REMEDIES if applies(self.settings)
+        )
+        raise Diverged(
+            f"{self.folder}: {Diverged.SIGN} in epoch "
+            f"{self.progress.epoch + 1} of {self.settings['epochs']}: no "
+            f"finite numbers any more are {holds}. Delete the folder and try "
+            f"again, with {remedy.format(**self.settings)}."
+        )
+
+
+def finish_epoch(
+    model: keras.Model,
+    progress: Progress,
+    callbacks: list[keras.callbacks.Callback],
+    evaluate: Callable[[keras.callbacks.CallbackList], dict[str, float]],
+) -> None:
+    """The end of an epoch that was left when all of its steps were done.
+
+    Args:
+        model: The model, as it was left.
+        progress: How far it is.
+        callbacks: As `fit` would be given them.
+        evaluate: Evaluates the model on the validation images, with callbacks.
+    """
+    events = keras.callbacks.CallbackList(callbacks, model=model)
+    events.on_train_begin()
+    events.on_epoch_begin(progress.epoch)
+    logs = dict(progress.partial.logs)
+    logs |= {f"val_{name}": v for name, v in evaluate(events).items()}
+    events.on_epoch_end(progress.epoch, logs)
+    events.on_train_end(logs)
+
 
 def _random_state(model: keras.Model) -> list[keras.Variable]:
     """The states of the seed generators, which `.keras` files leave out."""
-    weights = {id(variable) for variable in model.weights}
-    return [v for v in model.variables if id(v) not in weights]
+    known = {id(variable) for variable in model.weights}
+    return [v for v in model.variables if id(v) not in known]
+
+
+def _values(variables: list[keras.Variable]) -> list[np.ndarray]:
+    return [keras.ops.convert_to_numpy(variable) for variable in variables]
+
+
+def _assign(variables: list[keras.Variable], values: list[Any]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
