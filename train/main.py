@@ -20,6 +20,7 @@ import math
 import platform
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,7 @@ from errors import Diverged
 from errors import Stopped
 from errors import UserError
 from strategies import STRATEGIES
+from strategies import OneDevice
 
 import keras_fa
 from keras_fa.callbacks import AlignmentMonitor
@@ -43,6 +45,8 @@ from keras_fa.methods import Method
 
 PROBE_SIZE = 256
 EVALUATION_BATCH_SIZE = 256
+# A metric of the model, and what its error is called in result.json.
+ACCURACIES = {"accuracy": "error", "top5_accuracy": "top5_error"}
 
 # Settings that change nothing of what is learned, and may change on the way.
 NO_RECIPE = (
@@ -160,11 +164,27 @@ flags.DEFINE_float(
     "Rate at which the inputs of the readout are dropped in training, from 0 "
     "to below 1; not for cifar10_2, which has dropout of its own.",
 )
+flags.DEFINE_float(
+    "label_smoothing",
+    0.0,
+    "Share of a label that is spread evenly over all classes in the loss, "
+    "from 0 to below 1.",
+)
+flags.DEFINE_integer(
+    "image_size",
+    None,
+    "Height and width that photos are resized to, in pixels, on imagenet2012 "
+    "alone; by default 224.",
+    lower_bound=8,
+    upper_bound=2048,
+)
 flags.DEFINE_bool(
     "test",
     True,
     "Whether to look at the test images, once, at the end. A search for "
-    "settings does not, and goes by the validation error.",
+    "settings does not, and goes by the validation error. ImageNet's test "
+    "error is that of its validation photos; with --notest a hundredth of "
+    "the training photos is held out in their place.",
 )
 flags.DEFINE_integer(
     "seed",
@@ -178,8 +198,8 @@ flags.DEFINE_string(
     "data_dir",
     None,
     "Folder that holds <dataset>.npz, as train/export.py writes it, or else "
-    "one of TensorFlow Datasets; the default is that of the latter "
-    "($TFDS_DATA_DIR or ~/tensorflow_datasets).",
+    "one of TensorFlow Datasets, as imagenet2012 needs; the default is that "
+    "of the latter ($TFDS_DATA_DIR or ~/tensorflow_datasets).",
 )
 flags.DEFINE_bool(
     "download",
@@ -212,8 +232,15 @@ flags.DEFINE_enum(
     "strategy",
     "none",
     list(STRATEGIES),
-    "none: one device. mirrored: all GPUs of this machine (or its CPU), on "
-    "TensorFlow.",
+    "none: one device. On TensorFlow also mirrored: all GPUs of this machine, "
+    "or its CPU; multi_worker: those of all machines in the environment "
+    "variable TF_CONFIG, each of which runs this command; tpu: a TPU.",
+)
+flags.DEFINE_string(
+    "tpu",
+    "local",
+    "With --strategy=tpu: the TPU's name or grpc:// address; local: that of "
+    "the TPU VM this runs on.",
 )
 flags.DEFINE_integer(
     "virtual_devices",
@@ -255,11 +282,12 @@ for _name in ("learning_rate", "kernel_scale", "feedback_scale"):
         lambda value: value is None or 0 < value < math.inf,
         "it must be a finite number above 0",
     )
-flags.register_validator(
-    "dropout",
-    lambda value: 0 <= value < 1,
-    "it must be a number from 0 to below 1",
-)
+for _name in ("dropout", "label_smoothing"):
+    flags.register_validator(
+        _name,
+        lambda value: 0 <= value < 1,
+        "it must be a number from 0 to below 1",
+    )
 for _name in ("warmup_epochs", "weight_decay", "checkpoint_minutes"):
     flags.register_validator(
         _name,
@@ -275,8 +303,9 @@ def settings() -> SimpleNamespace:
     names = """dataset model method epochs batch_size optimizer learning_rate
         warmup_epochs weight_decay kernel_scale feedback_scale feedback_maps
         dropout test seed data_dir download runs_dir resume
-        checkpoint_minutes keep_checkpoints strategy virtual_devices
-        dtype_policy jit_compile steps_per_execution alignment_every""".split()
+        checkpoint_minutes keep_checkpoints strategy tpu virtual_devices
+        dtype_policy jit_compile steps_per_execution alignment_every
+        label_smoothing image_size""".split()
     chosen = SimpleNamespace(**{name: FLAGS[name].value for name in names})
     chosen.backend = keras.backend.backend()
     if chosen.jit_compile is None:
@@ -336,11 +365,17 @@ def check(config: SimpleNamespace) -> None:
             "fixed random feedback to scale. Leave it out, or choose "
             f"--method={'|'.join(drawing)}."
         )
-    if config.virtual_devices and config.strategy == "none":
+    if config.image_size is not None and not network.resizable:
         raise UserError(
-            f"--virtual_devices={config.virtual_devices} needs several "
-            "replicas. Add --strategy=mirrored, or leave it out."
+            f"--image_size={config.image_size}: the images of "
+            f"{config.dataset} have a size of their own. Leave it out."
         )
+    if config.virtual_devices and config.strategy != "mirrored":
+        raise UserError(
+            f"--virtual_devices={config.virtual_devices} are replicas of one "
+            "machine. Add --strategy=mirrored, or leave it out."
+        )
+    cropped = network.input_shape != network.image_shape
     if config.backend == "jax":
         if config.strategy != "none":
             raise UserError(
@@ -352,21 +387,15 @@ def check(config: SimpleNamespace) -> None:
                 "--nojit_compile: JAX always compiles. Leave it out, or set "
                 "KERAS_BACKEND=tensorflow."
             )
-        return
-    if config.strategy == "mirrored" and config.steps_per_execution > 1:
+    elif config.strategy != "none" and config.jit_compile:
         raise UserError(
-            f"--steps_per_execution={config.steps_per_execution} does not "
-            "work under --strategy=mirrored in Keras. Set one of the two "
-            "back to its default."
+            f"--jit_compile does not work under --strategy={config.strategy}, "
+            "and a TPU compiles anyway. Leave one of the two out."
         )
-    if config.strategy == "mirrored" and config.jit_compile:
+    elif cropped and (config.jit_compile or config.strategy == "tpu"):
+        flag = "--jit_compile" if config.jit_compile else "--strategy=tpu"
         raise UserError(
-            "--jit_compile does not work under --strategy=mirrored. Leave one "
-            "of the two out."
-        )
-    if config.jit_compile and network.input_shape != network.image_shape:
-        raise UserError(
-            f"--jit_compile: TensorFlow cannot compile the random windows that "
+            f"{flag}: TensorFlow cannot compile the random windows that "
             f"--model={config.model} sees with XLA. Leave it out, or set "
             "KERAS_BACKEND=jax."
         )
@@ -394,38 +423,51 @@ def run_folder(config: SimpleNamespace) -> Path:
 
 
 def train(config: SimpleNamespace) -> None:
-    """The experiment, from the data to the report."""
+    """The experiment, from the devices to the report.
+
+    Of several workers each does this, and the chief alone uses the folder.
+    """
     check(config)
     folder = run_folder(config)
     try:
-        with (
-            runs.Termination() as termination,
-            runs.held(folder) as make_folder,
-        ):
-            train_in(folder, make_folder, config, termination)
+        with runs.Termination() as termination, ExitStack() as stack:
+            placement = STRATEGIES[config.strategy](
+                config.virtual_devices, config.tpu
+            )
+            stack.enter_context(placement.watched())
+            train_in(folder, config, placement, termination, stack)
     except Stopped as stopped:
         print(stopped, flush=True)
 
 
 def train_in(
     folder: Path,
-    make_folder: Callable[[], None],
     config: SimpleNamespace,
+    placement: OneDevice,
     termination: runs.Termination,
+    stack: ExitStack,
 ) -> None:
-    """The experiment in a run folder that no other process is at."""
-    progress = runs.look(folder, vars(config), config.resume)
+    """The experiment on its devices, in a folder that `stack` keeps."""
+    progress = runs.Progress()
+
+    def begin() -> dict[str, Any]:
+        nonlocal progress, make_folder
+        make_folder = stack.enter_context(runs.held(folder))
+        progress = runs.look(folder, vars(config), config.resume)
+        return progress.told()
+
+    def stop_if_asked(batch: int = 0, logs: Any = None) -> None:
+        if placement.agree(termination.asked):
+            raise Stopped(f"{folder}: stopped; go on with --resume.")
+
+    make_folder = None
+    told = placement.tell(begin)
+    if not placement.chief:
+        progress = runs.Progress.of(told)
     if progress.result is not None and progress.epoch >= config.epochs:
         print(f"{folder}: finished already, after {progress.epoch} epochs.")
         report(folder, progress.result)
         return
-
-    def stop_if_asked(batch: int = 0, logs: Any = None) -> None:
-        if termination.asked:
-            raise Stopped(f"{folder}: stopped; go on with --resume.")
-
-    # Devices and randomness.
-    placement = STRATEGIES[config.strategy](config.virtual_devices)
     if config.batch_size % placement.replicas:
         raise UserError(
             f"--batch_size={config.batch_size} cannot be shared by "
@@ -436,22 +478,21 @@ def train_in(
     keras.config.set_dtype_policy(config.dtype_policy)
 
     # Data.
-    dataset = data.DATASETS[config.dataset]
-    splits = dataset.load(config.data_dir, config.download)
-    images = len(splits.train.labels)
-    steps_per_epoch = images // config.batch_size
+    source = images(config)
+    steps_per_epoch = source.training_images // config.batch_size
     steps_per_epoch -= steps_per_epoch % config.steps_per_execution
     if not steps_per_epoch:
         raise UserError(
             f"--batch_size={config.batch_size} with --steps_per_execution="
-            f"{config.steps_per_execution} needs more than the {images} "
-            f"training images of {config.dataset}. Give smaller ones."
+            f"{config.steps_per_execution} needs more than the "
+            f"{source.training_images} training images of {config.dataset}. "
+            "Give smaller ones."
         )
 
     def training(first_step: int) -> Any:
-        return data.feed(
-            data.TrainingBatches(
-                splits.train,
+        return placement.feed(
+            lambda share: source.training(
+                share,
                 batch_size=config.batch_size,
                 steps_per_epoch=steps_per_epoch,
                 seed=config.seed,
@@ -460,35 +501,41 @@ def train_in(
             )
         )
 
+    def evaluation(batches: Callable[..., Any], number: int) -> dict[str, Any]:
+        batch_size, steps = data.evaluation_steps(
+            number,
+            EVALUATION_BATCH_SIZE,
+            placement.replicas,
+            config.steps_per_execution,
+        )
+        return {
+            "x": placement.feed(
+                lambda share: batches(share, batch_size, steps)
+            ),
+            "steps": steps,
+        }
+
     # Model and optimiser.
-    with placement.scope:
+    with placement.scope():
         model = build(config)
-        optimizer = OPTIMIZERS[config.optimizer][0](
-            learning_rate=learning_rate(config, steps_per_epoch),
-            weight_decay=config.weight_decay or None,
-        )
-        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-        model.compile(
-            optimizer,
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            metrics=["accuracy"],
-            jit_compile=config.jit_compile,
-            steps_per_execution=config.steps_per_execution,
-        )
-        if progress.checkpoint is not None:
-            runs.restore(progress, model)
+    model = placement.adopt(
+        model, lambda model: compile_model(model, config, steps_per_epoch)
+    )
+    if progress.checkpoint is not None:
+        placement.tell(lambda: runs.restore(progress, model))
+        placement.spread(model)
 
     # Training.
     stop_if_asked()
-    make_folder()
-    tested = len(splits.test.labels) if config.test else 0
+    placement.tell(lambda: make_folder())
     done = f"{progress.epoch} of {config.epochs} epochs are trained"
     if progress.partial.step:
         done += f", and {progress.partial.step} of {steps_per_epoch} steps"
+    tested = source.test_images if config.test else 0
     print(
-        f"{config.method} on {config.dataset}: {images} training, "
-        f"{len(splits.validation.labels)} validation and {tested} test images; "
-        f"{done}."
+        f"{config.method} on {config.dataset}: {source.training_images} "
+        f"training, {source.validation_images} validation and {tested} test "
+        f"images; {done}."
     )
     recipe = {
         name: value
@@ -501,22 +548,11 @@ def train_in(
         # Not what a run of this length in one piece would have been.
         recipe["lengths"] = progress.lengths
     with runs.written_to(folder, progress):
-        curves = startup.installed("tensorflow", "tensorboard")
         callbacks = METHODS[config.method].callbacks()
         monitor = None
-        if config.alignment_every:
-            monitor = AlignmentMonitor(
-                probe=tuple(part[:PROBE_SIZE] for part in splits.validation),
-                log_dir=str(folder) if curves else None,
-                every=config.alignment_every,
-            )
-            callbacks.append(monitor)
-        if curves:
-            callbacks.append(
-                keras.callbacks.TensorBoard(str(folder), write_graph=False)
-            )
-        else:
-            print("No TensorBoard files: tensorflow or tensorboard is missing.")
+        if placement.chief:
+            watching, monitor = watchers(folder, recipe, config, source)
+            callbacks += watching
         callbacks += [
             keras.callbacks.TerminateOnNaN(),
             runs.RunWriter(
@@ -528,8 +564,11 @@ def train_in(
                 minutes=config.checkpoint_minutes,
                 keep=config.keep_checkpoints,
                 terminated=lambda: termination.asked,
+                agree=placement.agree,
+                writes=placement.chief,
             ),
         ]
+        validation = evaluation(source.validation, source.validation_images)
         try:
             while progress.epoch < config.epochs:
                 fit(
@@ -537,9 +576,10 @@ def train_in(
                     progress,
                     callbacks,
                     training,
-                    splits.validation,
+                    validation,
                     steps_per_epoch,
                     config.epochs,
+                    verbose=placement.chief,
                 )
         except (Stopped, Diverged):
             for callback in callbacks:
@@ -548,11 +588,11 @@ def train_in(
 
         # Report. This is the only use of the test images.
         stop_if_asked()
-        test_error = None
-        if config.test:
-            metrics = model.evaluate(
-                *splits.test,
-                batch_size=EVALUATION_BATCH_SIZE,
+        last = progress.rows[-1]
+        tests = {}
+        if config.test and source.test_images:
+            tests = model.evaluate(
+                **evaluation(source.test, source.test_images),
                 callbacks=[
                     keras.callbacks.LambdaCallback(
                         on_test_batch_end=stop_if_asked
@@ -561,16 +601,21 @@ def train_in(
                 verbose=0,
                 return_dict=True,
             )
-            test_error = error(metrics["accuracy"])
-        last = progress.rows[-1]
+        elif config.test:
+            # ImageNet's test labels are not public.
+            tests = {name: last[f"val_{name}"] for name in ACCURACIES}
+        if not placement.chief:
+            return
         result = {
             **recipe,
-            "test_error": test_error,
-            "train_error": error(last["accuracy"]),
-            "validation_error": error(last["val_accuracy"]),
+            **errors("test", tests),
+            **errors("train", last),
+            **errors("validation", last, "val_"),
             "seconds": round(progress.seconds, 2),
             "examples_per_second": round(progress.examples_per_second, 1),
             "steps_per_epoch": steps_per_epoch,
+            "replicas": placement.replicas,
+            "skipped_images": sorted(source.skipped),
             "parameters": sum(
                 math.prod(variable.shape)
                 for variable in model.trainable_variables
@@ -588,14 +633,97 @@ def train_in(
     report(folder, result)
 
 
+def images(config: SimpleNamespace) -> Any:
+    """The images of a run, in memory or as a stream."""
+    dataset = data.DATASETS[config.dataset]
+    if dataset.load is not None:
+        return data.Arrays(
+            dataset.load(config.data_dir, config.download),
+            dataset.classes if config.label_smoothing else None,
+        )
+    if config.download:
+        raise UserError(
+            f"--download: {config.dataset} cannot be fetched without an "
+            "account. Leave it out, and prepare it as TensorFlow Datasets "
+            "describes for --data_dir."
+        )
+    if not startup.installed("tensorflow", "tensorflow_datasets"):
+        raise UserError(
+            f"--dataset={config.dataset} is read by TensorFlow Datasets. "
+            "Install tensorflow and tensorflow-datasets."
+        )
+    from photos import Photos
+
+    return Photos(
+        config.data_dir,
+        config.image_size or dataset.image_shape[0],
+        hold_out=not config.test,
+        one_hot=bool(config.label_smoothing),
+    )
+
+
+def compile_model(
+    model: keras.Model, config: SimpleNamespace, steps_per_epoch: int
+) -> None:
+    """Compiles a model with the optimiser, the loss and the metrics."""
+    optimizer = OPTIMIZERS[config.optimizer][0](
+        learning_rate=learning_rate(config, steps_per_epoch),
+        weight_decay=config.weight_decay or None,
+    )
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    if config.label_smoothing:
+        loss = keras.losses.CategoricalCrossentropy(
+            from_logits=True, label_smoothing=config.label_smoothing
+        )
+        first = keras.metrics.CategoricalAccuracy
+        five = keras.metrics.TopKCategoricalAccuracy
+    else:
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        first = keras.metrics.SparseCategoricalAccuracy
+        five = keras.metrics.SparseTopKCategoricalAccuracy
+    metrics = [first(name="accuracy")]
+    if data.DATASETS[config.dataset].classes > 10:
+        metrics.append(five(k=5, name="top5_accuracy"))
+    model.compile(
+        optimizer,
+        loss=loss,
+        weighted_metrics=metrics,
+        jit_compile=config.jit_compile,
+        steps_per_execution=config.steps_per_execution,
+    )
+
+
+def watchers(
+    folder: Path, recipe: dict[str, Any], config: SimpleNamespace, source: Any
+) -> tuple[list[keras.callbacks.Callback], AlignmentMonitor | None]:
+    """The callbacks that look on, and the monitor of alignment among them."""
+    curves = startup.installed("tensorflow", "tensorboard")
+    callbacks, monitor = [], None
+    if config.alignment_every:
+        monitor = AlignmentMonitor(
+            probe=tuple(source.probe(PROBE_SIZE)),
+            log_dir=str(folder) if curves else None,
+            every=config.alignment_every,
+        )
+        callbacks.append(monitor)
+    if curves:
+        callbacks.append(
+            keras.callbacks.TensorBoard(str(folder), write_graph=False)
+        )
+    else:
+        print("No TensorBoard files: tensorflow or tensorboard is missing.")
+    return callbacks, monitor
+
+
 def fit(
     model: keras.Model,
     progress: runs.Progress,
     callbacks: list[keras.callbacks.Callback],
     training: Callable[[int], Any],
-    validation: data.Split,
+    validation: dict[str, Any],
     steps_per_epoch: int,
     epochs: int,
+    verbose: bool,
 ) -> None:
     """Trains to the end, or, where an epoch was left inside, to its end.
 
@@ -604,9 +732,10 @@ def fit(
         progress: How far it is; the `RunWriter` among the callbacks adds to it.
         callbacks: Of the training.
         training: Gives the batches from a step on, counted over all epochs.
-        validation: The images after each epoch.
+        validation: Batches and steps of the evaluation after each epoch.
         steps_per_epoch: Steps in a whole epoch.
         epochs: The number of the last epoch.
+        verbose: Whether to tell how it goes.
     """
     done = progress.partial.step
     if done == steps_per_epoch:
@@ -615,24 +744,25 @@ def fit(
             progress,
             callbacks,
             lambda events: model.evaluate(
-                *validation,
-                batch_size=EVALUATION_BATCH_SIZE,
-                callbacks=events,
-                verbose=0,
-                return_dict=True,
+                **validation, callbacks=events, verbose=0, return_dict=True
             ),
         )
         return
+    if done:
+        # It makes the metrics' variables, whose values are then put back.
+        model.evaluate(
+            validation["x"], steps=model.steps_per_execution, verbose=0
+        )
     model.fit(
         training(progress.epoch * steps_per_epoch + done),
-        validation_data=tuple(validation),
-        validation_batch_size=EVALUATION_BATCH_SIZE,
+        validation_data=validation["x"],
+        validation_steps=validation["steps"],
         epochs=epochs,
         initial_epoch=progress.epoch,
         steps_per_epoch=steps_per_epoch - done,
         callbacks=callbacks,
         shuffle=False,
-        verbose=1 if sys.stdout.isatty() else 2,
+        verbose=(1 if sys.stdout.isatty() else 2) if verbose else 0,
     )
 
 
@@ -646,6 +776,8 @@ def build(config: SimpleNamespace) -> keras.Model:
         data.preprocessing(dataset, network.input_shape),
         kernel_scale=config.kernel_scale,
         dropout=config.dropout,
+        image_size=config.image_size,
+        synchronized=config.strategy != "none",
     )
     method = scaled(METHODS[config.method], config.feedback_scale)
     try:
@@ -703,19 +835,46 @@ def error(accuracy: float) -> float:
     return round(100 * (1 - accuracy), 4)
 
 
+def errors(
+    part: str, metrics: dict[str, float], prefix: str = ""
+) -> dict[str, float | None]:
+    """The entries of `result.json` on a part of the data.
+
+    Args:
+        part: As it is called there.
+        metrics: The accuracies; if there are none, it was not looked at.
+        prefix: Of their names.
+    """
+    found = {
+        f"{part}_{kind}": error(metrics[prefix + name])
+        for name, kind in ACCURACIES.items()
+        if prefix + name in metrics
+    }
+    return found or {f"{part}_error": None}
+
+
 def report(folder: Path, result: dict) -> None:
     """The last words on the console."""
     if result["test_error"] is None:
         print("The test images were not looked at.")
     else:
-        print(f"Test error {result['test_error']:.2f} %.")
+        print(f"Test error {result['test_error']:.2f} %{_top5(result)}.")
     print(
         f"Training error {result['train_error']:.2f} %, validation error "
         f"{result['validation_error']:.2f} % after {result['epochs']} epochs, "
-        f"{result['seconds']:.0f} s.\nRun folder: {folder}"
+        f"{result['seconds']:.0f} s."
     )
+    if result["skipped_images"]:
+        print(f"{len(result['skipped_images'])} images did not decode.")
+    print(f"Run folder: {folder}")
     if startup.installed("tensorboard"):
         print(f"Curves: tensorboard --logdir {folder.parent}")
+
+
+def _top5(result: dict) -> str:
+    if result.get("test_top5_error") is None:
+        return ""
+    return f", top-5 {result['test_top5_error']:.2f} %"
 
 
 def run(argv: list[str]) -> int:
