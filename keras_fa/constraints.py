@@ -341,7 +341,7 @@ class FixedSign(KernelConstraint):
         self.per = per
         self.excitatory_fraction = excitatory_fraction
         self.seed = seed
-        self.signs = None
+        self.excitatory = None
 
     def initial_kernel(self, kernel: Any, units: np.ndarray) -> Any:
         """W_0 under this constraint, made of the values that were drawn."""
@@ -364,15 +364,15 @@ class FixedSign(KernelConstraint):
             units = units_along(kernel.shape, -2)
         self._units = units
         shape = kernel.shape if self.per == "synapse" else units.shape
-        self.signs = keras.Variable(
-            lambda shape, dtype: ops.cast(self._signs_of(kernel), dtype),
+        self.excitatory = keras.Variable(
+            lambda shape, dtype: self._positive(kernel),
             shape=shape,
-            dtype="int8",
+            dtype="bool",
             trainable=False,
-            name="signs",
+            name="excitatory",
         )
 
-    def _signs_of(self, kernel: Any) -> Any:
+    def _positive(self, kernel: Any) -> Any:
         kernel = ops.convert_to_tensor(kernel)
         if self.per == "unit":
             units = np.broadcast_to(self._units, kernel.shape)
@@ -382,10 +382,10 @@ class FixedSign(KernelConstraint):
                 num_segments=int(units.max()) + 1,
             )
             kernel = ops.take(sums, self._units)
-        return ops.where(kernel >= 0, 1, -1)
+        return kernel >= 0
 
     def refresh(self, kernel: Any) -> None:
-        gradients.remember(self.signs, ops.cast(self._signs_of(kernel), "int8"))
+        gradients.remember(self.excitatory, self._positive(kernel))
         kernel = ops.convert_to_tensor(kernel)
         lost = float(ops.mean(ops.cast(self(kernel) != kernel, "float32")))
         if lost:
@@ -398,14 +398,14 @@ class FixedSign(KernelConstraint):
 
     @property
     def state(self) -> dict[str, keras.Variable]:
-        return {"signs": self.signs}
+        return {"excitatory": self.excitatory}
 
     def __call__(self, kernel: Any) -> Any:
-        if self.signs is None:
+        if self.excitatory is None:
             raise self._not_built()
         kernel = ops.convert_to_tensor(kernel)
-        signs = gradients.recall(self.signs, kernel)
-        keeps_sign = kernel * ops.cast(signs, kernel.dtype) > 0
+        excitatory = gradients.recall(self.excitatory, kernel)
+        keeps_sign = ops.where(excitatory, kernel, -kernel) > 0
         return ops.where(keeps_sign, kernel, ops.zeros_like(kernel))
 
     def get_config(self) -> dict:

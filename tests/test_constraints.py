@@ -53,7 +53,8 @@ def signs(kernel: Any) -> np.ndarray:
 
 def stored_signs(kernel: Any) -> np.ndarray:
     """The fixed signs that a kernel's constraint remembers."""
-    return references.array(kernel.constraint.state["signs"])
+    excitatory = references.array(kernel.constraint.state["excitatory"])
+    return np.where(excitatory, 1, -1)
 
 
 # SignConcordance.
@@ -476,7 +477,7 @@ def assert_remembers(layer: Any, per: str) -> None:
     if per == "unit":
         rows = np.moveaxis(w, -2, 0).reshape(w.shape[-2], -1).sum(axis=1)
         expected = signs(rows).reshape((1,) * (w.ndim - 2) + (-1, 1))
-    np.testing.assert_array_equal(references.array(state["signs"]), expected)
+    np.testing.assert_array_equal(stored_signs(layer.kernel), expected)
     np.testing.assert_allclose(
         references.array(state["norm"]), np.linalg.norm(w), rtol=1e-6
     )
@@ -632,7 +633,7 @@ def test_chains_in_a_chain_are_one() -> None:
     layer = dense(4, 10, kernel_constraint=[Halve(), inner])
     kinds = [type(c) for c in layer.kernel.constraint.constraints]
     assert kinds == [FixedSign, Halve, ConstantNorm]
-    assert set(layer.kernel.constraint.state) == {"signs", "norm"}
+    assert set(layer.kernel.constraint.state) == {"excitatory", "norm"}
     unit_signs(references.array(layer.kernel), np.arange(10)[:, None])
 
 
@@ -720,7 +721,7 @@ def test_stock_layers_take_built_constraints(make: Callable) -> None:
     w = references.array(layer.kernel)
     state = layer.kernel_constraint.state
     assert not np.array_equal(w, w_0)
-    if "signs" in state:
+    if "excitatory" in state:
         assert (w * signs(w_0) >= 0).all()
         assert (w == 0).any()
     if "norm" in state:

@@ -486,8 +486,8 @@ def _check_memory(layer: layers.Layer) -> None:
     constraint = getattr(getattr(layer, "kernel", None), "constraint", None)
     kernel = np.array(layer.kernel) if constraint is not None else None
     state = getattr(constraint, "state", {})
-    if "signs" in state:
-        assert np.array_equal(state["signs"], np.where(kernel < 0, -1, 1))
+    if "excitatory" in state:
+        assert np.array_equal(state["excitatory"], kernel >= 0)
     if "norm" in state:
         norm = np.linalg.norm(kernel)
         np.testing.assert_allclose(state["norm"], norm, rtol=1e-6)
@@ -527,8 +527,9 @@ def test_remembered_signs_and_norms_are_of_the_start(tmp_path: Path) -> None:
     loaded = keras.models.load_model(tmp_path / "model.keras")
     for each in (model, loaded):
         layer = each.get_layer("hidden")
-        signs = np.array(layer.kernel.constraint.state["signs"])
-        assert np.array_equal(signs, np.sign(kernel))
+        excitatory = np.array(layer.kernel.constraint.state["excitatory"])
+        assert np.array_equal(excitatory, kernel > 0)
+        signs = np.where(excitatory, 1, -1)
         assert (np.array(layer.kernel) * signs >= 0).all()
         np.testing.assert_allclose(
             np.linalg.norm(layer.kernel), np.linalg.norm(kernel), rtol=1e-5

@@ -173,7 +173,9 @@ def test_sn_and_const_store_no_second_kernel(method):
     for layer in feedback_layers(model):
         memory = layer.feedback_paths[0].memory
         for name, variable in memory.items():
-            if name == "signs":  # a byte a weight, fixed E/I alone has them
-                assert variable.dtype == "int8"
+            if (
+                name == "excitatory"
+            ):  # a byte a weight, fixed E/I alone has them
+                assert variable.dtype == "bool"
             else:
                 assert variable.shape == ()

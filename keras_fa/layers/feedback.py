@@ -127,9 +127,9 @@ class FeedbackPath(keras.layers.Layer):
         return isinstance(self.rule, constraints.TiedKernel)
 
     @property
-    def signs(self) -> Any:
-        """The fixed signs of the kernel, a variable, or `None`."""
-        return self.memory.get("signs")
+    def excitatory(self) -> Any:
+        """Which fixed signs are positive, a boolean variable, or `None`."""
+        return self.memory.get("excitatory")
 
     def effective(self, kernel: Any) -> Any:
         """B for a forward kernel W: what carries the error.
@@ -169,12 +169,12 @@ class FeedbackPath(keras.layers.Layer):
 
     def signed(self, kernel: Any) -> Any:
         """W as rules see it: under fixed signs, zeros have theirs."""
-        if self.signs is None:
+        if self.excitatory is None:
             return kernel
-        signs = gradients.recall(self.signs, kernel)
-        signs = ops.cast(signs, kernel.dtype)
+        excitatory = gradients.recall(self.excitatory, kernel)
         least = float(np.finfo("float32").tiny)
-        return signs * ops.maximum(ops.abs(kernel), least)
+        size = ops.maximum(ops.abs(kernel), least)
+        return ops.where(excitatory, size, -size)
 
     def matched_feedback_kernel(self) -> Any:
         """The stored feedback kernel, scaled so that `||B|| = ||W||`."""
