@@ -22,6 +22,7 @@ import keras
 import numpy as np
 import startup
 from errors import UserError
+from strategies import Share
 
 
 class Split(NamedTuple):
@@ -42,11 +43,11 @@ class Splits(NamedTuple):
 class Dataset(NamedTuple):
     """A data set and the settings which train it well."""
 
-    load: Callable[[str | None, bool], Splits]
+    load: Callable[[str | None, bool], Splits] | None  # None: it is a stream
     image_shape: tuple[int, int, int]
     classes: int
-    white: float | None  # pixels are divided by it; None: standardise images
-    mirror: bool  # a mirrored image is still one of its class
+    scaling: Callable[[], keras.layers.Layer]  # of pixels
+    mirror: bool  # whether the model is to mirror images in training
     model: str
     epochs: int
     batch_size: int
@@ -216,12 +217,36 @@ def _folder(name: str) -> Callable[[str | None, bool], Splits]:
     return functools.partial(load_folder, name)
 
 
+def _divided(white: float) -> keras.layers.Layer:
+    return keras.layers.Rescaling(1 / white, dtype="float32", name="rescale")
+
+
+def _standardized() -> keras.layers.Layer:
+    return keras.layers.LayerNormalization(
+        axis=[1, 2, 3],
+        center=False,
+        scale=False,
+        dtype="float32",
+        name="standardize",
+    )
+
+
+def _by_channel() -> keras.layers.Layer:
+    """ImageNet's own mean and variance of each colour."""
+    return keras.layers.Normalization(
+        mean=[255 * mean for mean in (0.485, 0.456, 0.406)],
+        variance=[(255 * std) ** 2 for std in (0.229, 0.224, 0.225)],
+        dtype="float32",
+        name="standardize",
+    )
+
+
 DATASETS = {
     "digits": Dataset(
         load_digits,
         image_shape=(8, 8, 1),
         classes=10,
-        white=16.0,
+        scaling=functools.partial(_divided, 16.0),
         mirror=False,
         model="digits",
         epochs=30,
@@ -231,7 +256,7 @@ DATASETS = {
         _folder("mnist"),
         image_shape=(28, 28, 1),
         classes=10,
-        white=255.0,
+        scaling=functools.partial(_divided, 255.0),
         mirror=False,
         model="mnist",
         epochs=10,
@@ -241,7 +266,7 @@ DATASETS = {
         _folder("fashion_mnist"),
         image_shape=(28, 28, 1),
         classes=10,
-        white=255.0,
+        scaling=functools.partial(_divided, 255.0),
         mirror=False,
         model="mnist",
         epochs=20,
@@ -251,11 +276,23 @@ DATASETS = {
         _folder("cifar10"),
         image_shape=(32, 32, 3),
         classes=10,
-        white=None,
+        scaling=_standardized,
         mirror=True,
         model="cifar10_1",
         epochs=50,
         batch_size=128,
+    ),
+    "imagenet2012": Dataset(
+        None,
+        image_shape=(224, 224, 3),
+        classes=1000,
+        scaling=_by_channel,
+        mirror=False,
+        model="resnet18",
+        epochs=90,
+        batch_size=256,
+        optimizer="sgd",
+        warmup_epochs=5.0,
     ),
 }
 
@@ -298,22 +335,7 @@ def preprocessing(
         layers.append(
             keras.layers.RandomFlip("horizontal", dtype="float32", name="flip")
         )
-    if dataset.white is None:
-        layers.append(
-            keras.layers.LayerNormalization(
-                axis=[1, 2, 3],
-                center=False,
-                scale=False,
-                dtype="float32",
-                name="standardize",
-            )
-        )
-    else:
-        layers.append(
-            keras.layers.Rescaling(
-                1 / dataset.white, dtype="float32", name="rescale"
-            )
-        )
+    layers.append(dataset.scaling())
     return layers
 
 
@@ -335,11 +357,13 @@ class TrainingBatches(keras.utils.PyDataset):
 
     Args:
         split: The images and labels.
-        batch_size: Images in a batch.
-        steps_per_epoch: Batches in an epoch, which leaves the rest out.
+        batch_size: Images in a step, a multiple of the replicas.
+        steps_per_epoch: Steps in an epoch, which leaves the rest out.
         seed: Of the order.
-        first_step: The step of batch 0, counted over all epochs.
+        first_step: The step to begin with, counted over all epochs.
         epochs: The epoch to end before.
+        share: The replicas that get a batch each, one after the other in each
+            step. Default: all images of a step are one batch.
     """
 
     def __init__(
@@ -351,14 +375,16 @@ class TrainingBatches(keras.utils.PyDataset):
         seed: int,
         first_step: int,
         epochs: int,
+        share: Share = Share(),
     ) -> None:
         super().__init__()
         self.split = split
-        self.batch_size = batch_size
+        self.batch_size = batch_size // share.replicas
         self.steps_per_epoch = steps_per_epoch
         self.seed = seed
         self.first_step = first_step
         self.epochs = epochs
+        self.share = share
         self._order = functools.lru_cache(maxsize=1)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
@@ -366,28 +392,162 @@ class TrainingBatches(keras.utils.PyDataset):
         return generator.permutation(len(self.split.labels))
 
     def __len__(self) -> int:
-        return self.epochs * self.steps_per_epoch - self.first_step
+        steps = self.epochs * self.steps_per_epoch - self.first_step
+        return steps * self.share.count
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        epoch, step = divmod(self.first_step + index, self.steps_per_epoch)
-        start = step * self.batch_size
+        step, replica = divmod(index, self.share.count)
+        epoch, step = divmod(self.first_step + step, self.steps_per_epoch)
+        place = step * self.share.replicas + self.share.first + replica
+        start = place * self.batch_size
         rows = self._order(epoch)[start : start + self.batch_size]
         return self.split.images[rows], self.split.labels[rows]
 
 
-def feed(batches: TrainingBatches) -> Any:
-    """The batches in the form that `fit` is fastest with.
+class EvaluationBatches(keras.utils.PyDataset):
+    """All images of a split once, in batches of one size.
+
+    What fills the last batches are zeros of weight 0. Images weigh as much
+    more than 1 as brings the sum to that of full batches, so that the mean of
+    Keras's losses over the batches is the mean over the images.
+
+    Args:
+        split: The images and labels.
+        batch_size: Images in a step, a multiple of the replicas.
+        steps: Steps in which all images have room.
+        share: As of `TrainingBatches`.
+    """
+
+    def __init__(
+        self, split: Split, batch_size: int, steps: int, share: Share = Share()
+    ) -> None:
+        super().__init__()
+        self.split = split
+        self.batch_size = batch_size // share.replicas
+        self.steps = steps
+        self.share = share
+        self.weight = steps * batch_size / len(split.labels)
+
+    def __len__(self) -> int:
+        return self.steps * self.share.count
+
+    def __getitem__(
+        self, index: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        step, replica = divmod(index, self.share.count)
+        place = step * self.share.replicas + self.share.first + replica
+        start = place * self.batch_size
+        images, labels = (
+            _padded(part[start : start + self.batch_size], self.batch_size)
+            for part in self.split
+        )
+        real = start + np.arange(self.batch_size) < len(self.split.labels)
+        return images, labels, np.float32(self.weight) * real
+
+
+def _padded(part: np.ndarray, size: int) -> np.ndarray:
+    filling = np.zeros((size - len(part), *part.shape[1:]), part.dtype)
+    return np.concatenate([part, filling])
+
+
+def feed(batches: keras.utils.PyDataset, again: bool = False) -> Any:
+    """Batches of one size in the form that `fit` is fastest with.
 
     Keras tells TensorFlow nothing of the size of a PyDataset's batches, and
     the steps of a convnet on a CPU are slower then than at a fixed size.
+
+    Args:
+        batches: The batches.
+        again: Whether they come again and again, where `fit` cannot know how
+            many there are.
     """
     if keras.backend.backend() != "tensorflow":
         return batches
     import tensorflow as tf
 
-    return tf.data.Dataset.from_generator(
+    dataset = tf.data.Dataset.from_generator(
         lambda: (batches[i] for i in range(len(batches))),
         output_signature=tuple(
             tf.TensorSpec(part.shape, part.dtype) for part in batches[0]
         ),
-    ).prefetch(tf.data.AUTOTUNE)
+    )
+    if again:
+        dataset = dataset.repeat()
+    return dataset.prefetch(tf.data.AUTOTUNE)
+
+
+# What a run trains on: the same of a data set in memory and of a stream.
+
+
+class Arrays:
+    """A data set in memory, in batches.
+
+    Args:
+        splits: Its three parts.
+        classes: Their number, for labels that are one-hot; `None` (default):
+            labels are class numbers.
+
+    Attributes:
+        training_images, validation_images, test_images: How many there are.
+        skipped: The names of the images that could not be read: none.
+    """
+
+    def __init__(self, splits: Splits, classes: int | None = None) -> None:
+        if classes is not None:
+            splits = Splits(
+                *(
+                    Split(
+                        split.images,
+                        keras.utils.to_categorical(split.labels, classes),
+                    )
+                    for split in splits
+                )
+            )
+        self._splits = splits
+        self.training_images, self.validation_images, self.test_images = (
+            len(split.labels) for split in splits
+        )
+        self.skipped: set[str] = set()
+
+    def training(self, share: Share, **options: Any) -> Any:
+        """`TrainingBatches` of these options, for `fit`."""
+        return feed(TrainingBatches(self._splits.train, share=share, **options))
+
+    def validation(self, *place: Any) -> Any:
+        """`EvaluationBatches` of the validation images, for `evaluate`."""
+        return self._evaluation(self._splits.validation, *place)
+
+    def test(self, *place: Any) -> Any:
+        """The same of the test images."""
+        return self._evaluation(self._splits.test, *place)
+
+    def probe(self, n: int) -> Split:
+        """The first n validation images, and their labels."""
+        return Split(*(part[:n] for part in self._splits.validation))
+
+    def _evaluation(
+        self, split: Split, share: Share, batch_size: int, steps: int
+    ) -> Any:
+        return feed(
+            EvaluationBatches(split, batch_size, steps, share), again=True
+        )
+
+
+def evaluation_steps(
+    images: int, largest: int, replicas: int, multiple: int
+) -> tuple[int, int]:
+    """Batches for the evaluation of a number of images.
+
+    Args:
+        images: How many there are.
+        largest: Images in a step at most, or one for each replica.
+        replicas: A batch is a multiple of them.
+        multiple: So are the steps of this.
+
+    Returns:
+        Images in a step, and steps.
+    """
+    each = -(-images // -(-images // largest))
+    batch_size = -(-each // replicas) * replicas
+    steps = -(-images // batch_size)
+    return batch_size, -(-steps // multiple) * multiple

@@ -66,6 +66,8 @@ FIXED_SETTINGS = (
     "feedback_scale",
     "feedback_maps",
     "dropout",
+    "label_smoothing",
+    "image_size",
 )
 
 
@@ -141,6 +143,17 @@ class Progress:
     lengths: list[int] = dataclasses.field(default_factory=list)
     checkpoint: Path | None = None
     saved: str = ""
+
+    def told(self) -> dict[str, Any]:
+        """It as JSON, for workers that do not use the folder."""
+        told = dataclasses.asdict(self)
+        return told | {"checkpoint": self.checkpoint and str(self.checkpoint)}
+
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> Self:
+        """It, as it was told."""
+        partial = Partial(**told["partial"])
+        return cls(**{**told, "partial": partial})
 
     @property
     def epoch(self) -> int:
