@@ -239,6 +239,30 @@ def test_length_that_changed_on_the_way_is_told(tmp_path, capfd):
     assert json.loads(file.read_text())["lengths"] == [1, 2, 3]
 
 
+def test_run_that_was_told_to_stop_is_not_finished(job, capsys, monkeypatch):
+    """SIGTERM ends it with status 0; it is then gone on with."""
+    wanted = job("fa")
+    begun = []
+
+    class Process:
+        returncode = 0
+        poll = terminate = wait = lambda self: 0
+
+        def __init__(self, command, **kwargs):
+            begun.append(command)
+            if len(begun) == 2:
+                write_result(wanted)
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", Process)
+    assert sweep.run([wanted]) == {}
+    assert len(begun) == 2
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:3] == [
+        f"[1/1] {wanted.name}: stopped before its end",
+        f"[1/1] {wanted.name}: test error 1.00 %",
+    ]
+
+
 def test_kill_ends_the_run_under_way(tmp_path):
     process = begin(
         "reproduce.py",

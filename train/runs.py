@@ -47,13 +47,12 @@ from errors import Diverged
 from errors import Stopped
 from errors import UserError
 
+# A run's folder is named after these, and may have been renamed.
+NAMING_SETTINGS = ("dataset", "model", "method", "seed")
+
 # A run that goes on with another value of one of these is no run of that
 # value; --epochs may grow, and the rest does not change what is learned.
 FIXED_SETTINGS = (
-    "dataset",
-    "model",
-    "method",
-    "seed",
     "backend",
     "batch_size",
     "optimizer",
@@ -208,7 +207,7 @@ def look(folder: Path, settings: dict[str, Any], resume: bool) -> Progress:
             )
         return Progress()
     progress, begun = _newest(folder)
-    for name in FIXED_SETTINGS:
+    for name in (*NAMING_SETTINGS, *FIXED_SETTINGS):
         if begun.get(name) != settings[name]:
             flag = "KERAS_BACKEND" if name == "backend" else f"--{name}"
             raise UserError(
@@ -252,8 +251,8 @@ def _newest(folder: Path) -> tuple[Progress, dict[str, Any]]:
             )
         return progress, settings
     raise UserError(
-        f"{newest}: {wrong[0]}, and no checkpoint before it is whole. Delete "
-        "the folder to start again."
+        f"{folder}: model.keras is {wrong[0]}, and no checkpoint before it is "
+        "whole. Delete the folder to start again."
     )
 
 

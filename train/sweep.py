@@ -54,7 +54,7 @@ class Job(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """Why a run failed; whether its loss stopped being a number."""
+    """Why a run failed; whether its training diverged."""
 
     reason: str
     diverged: bool
@@ -95,7 +95,7 @@ def conflict(job: Job) -> str:
     found = runs.settings_of(job.folder)
     if found is None:
         return ""
-    for name in (*runs.FIXED_SETTINGS, "epochs"):
+    for name in (*runs.NAMING_SETTINGS, *runs.FIXED_SETTINGS, "epochs"):
         if found.get(name) != job.settings[name]:
             return (
                 f"{job.folder} holds a run of {name}={found.get(name)}, and "
@@ -220,8 +220,8 @@ def _progress(job: Job, jobs: Sequence[Job], failed: dict[str, Failure]) -> str:
 
 def _summary(job: Job) -> str:
     found = result(job)
-    if found is None:  # another process has changed it meanwhile
-        return "finished"
+    if found is None:  # it was told to stop, or another process changed it
+        return "stopped before its end"
     if found["test_error"] is None:
         return f"validation error {found['validation_error']:.2f} %"
     return f"test error {found['test_error']:.2f} %"
