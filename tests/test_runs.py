@@ -1,0 +1,568 @@
+"""Runs that are stopped, killed or damaged, and what becomes of them."""
+
+import csv
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import commandline
+import files
+import keras
+import main
+import numpy as np
+import pytest
+import runs
+from backends import requires_tensorflow
+from errors import Diverged
+from errors import Stopped
+from errors import UserError
+
+NAME = "digits-digits-fa_usf_sn-s0"
+# Ten steps an epoch, with random state.
+COMMON = ("--epochs=3", "--batch_size=128", "--dropout=0.3")
+EVERY_STEP = "--checkpoint_minutes=1e-9"
+
+
+def begin(runs_dir, *arguments):
+    """Runs the program in this process; returns its exit status."""
+    return main.run(["main.py", f"--runs_dir={runs_dir}", *COMMON, *arguments])
+
+
+def history(folder):
+    """The rows without what a clock measured."""
+    with (folder / "history.csv").open(newline="") as file:
+        return [
+            {n: v for n, v in row.items() if "second" not in n}
+            for row in csv.DictReader(file)
+        ]
+
+
+def assert_same(folder, other):
+    """All that is learned, to the bit: weights, optimiser, random state."""
+    assert history(folder) == history(other)
+    assert len(history(folder)) > 0
+    models, states = [], []
+    for path in (folder / "model.keras", other / "model.keras"):
+        with zipfile.ZipFile(path) as archive:
+            states.append(json.loads(archive.read("run.json"))["random_state"])
+        model = keras.saving.load_model(path)
+        models.append(model.weights + model.optimizer.variables)
+    assert states[0] == states[1]
+    assert states[0]
+    assert len(models[0]) == len(models[1])
+    for variable, other_variable in zip(*models):
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(variable),
+            keras.ops.convert_to_numpy(other_variable),
+            err_msg=variable.path,
+        )
+
+
+def settings(*arguments):
+    commandline.parse(main.FLAGS, ["main.py", *COMMON, *arguments])
+    return vars(main.settings())
+
+
+def terminate_at(monkeypatch, event, epoch, index=None):
+    """Sends this process SIGTERM at an event of the training."""
+    unpatched = getattr(runs.RunWriter, event)
+
+    def terminated(self, *arguments, **logs):
+        if self.progress.epoch + 1 == epoch and index in (None, *arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+        unpatched(self, *arguments, **logs)
+
+    monkeypatch.setattr(runs.RunWriter, event, terminated)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    runs_dir = tmp_path_factory.mktemp("whole")
+    assert begin(runs_dir) == 0
+    return runs_dir / NAME
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory):
+    """A run that was left in epoch 2, after step 4; before, after epoch 1."""
+    runs_dir = tmp_path_factory.mktemp("left")
+    with pytest.MonkeyPatch.context() as patch:
+        terminate_at(patch, "on_train_batch_end", 2, 3)
+        assert begin(runs_dir) == 0
+    return runs_dir / NAME
+
+
+@pytest.fixture
+def copy(left, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(left, tmp_path / "runs" / NAME))
+
+
+# Stopped.
+
+
+def test_saving_changes_nothing(whole, tmp_path, monkeypatch):
+    saved = []
+    replace = files.replace
+
+    def counted(path, *arguments):
+        saved.append(path.name)
+        replace(path, *arguments)
+
+    monkeypatch.setattr(files, "replace", counted)
+    assert begin(tmp_path, EVERY_STEP, "--keep_checkpoints=3") == 0
+    assert saved.count("model.keras") == 3 * (10 + 1)
+    assert_same(tmp_path / NAME, whole)
+    newest = tmp_path / NAME / "model.keras"
+    assert len(files.kept(newest)) == 3
+    assert (
+        begin(tmp_path, "--epochs=4", "--resume", "--keep_checkpoints=1") == 0
+    )
+    assert files.kept(newest) == [newest]
+
+
+def test_terminated_run_goes_on(whole, tmp_path, monkeypatch, capfd):
+    folder = tmp_path / NAME
+    before = signal.getsignal(signal.SIGTERM)
+    moments = [
+        ("on_train_batch_end", 1, 2, "in epoch 1, after step 3"),
+        ("on_train_batch_end", 1, 4, "in epoch 1, after step 8"),
+        ("on_test_begin", 1, None, "in epoch 1, after step 10"),
+        ("on_test_batch_end", 1, 0, "in epoch 1, after step 10"),
+        ("on_train_batch_end", 2, 9, "in epoch 2, after step 10"),
+        ("on_epoch_end", 3, 2, "stopped; go on"),
+    ]
+    for event, epoch, index, place in moments:
+        with monkeypatch.context() as patch:
+            terminate_at(patch, event, epoch, index)
+            assert begin(tmp_path, "--resume") == 0
+        output, errors = capfd.readouterr()
+        last = output.strip().splitlines()[-1]
+        assert last.startswith(f"{folder}: stopped")
+        assert place in last
+        assert "--resume" in last
+        assert errors == ""
+        assert not (folder / "result.json").exists()
+        assert signal.getsignal(signal.SIGTERM) is before
+    assert begin(tmp_path, "--resume") == 0
+    assert_same(folder, whole)
+    results = [
+        json.loads((path / "result.json").read_text())
+        for path in (folder, whole)
+    ]
+    for name in ("test_error", "train_error", "validation_error", "epochs"):
+        assert results[0][name] == results[1][name]
+    assert "lengths" not in results[0]
+    # The time of the parts adds up, too.
+    assert 0 < results[0]["examples_per_second"] < 100_000
+
+
+def test_steps_of_one_execution_are_one(tmp_path, monkeypatch, capfd):
+    five = ("--steps_per_execution=5", "--epochs=2")
+    assert begin(tmp_path / "a", *five) == 0
+    with monkeypatch.context() as patch:
+        terminate_at(patch, "on_train_batch_end", 2, 4)
+        assert begin(tmp_path / "b", *five) == 0
+    assert "in epoch 2, after step 5;" in capfd.readouterr().out
+    assert begin(tmp_path / "b", *five, "--resume") == 0
+    assert_same(tmp_path / "a" / NAME, tmp_path / "b" / NAME)
+
+
+def test_terminated_before_training(tmp_path, monkeypatch, capfd):
+    build = main.build
+
+    def terminated(config):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return build(config)
+
+    monkeypatch.setattr(main, "build", terminated)
+    assert begin(tmp_path) == 0
+    output, errors = capfd.readouterr()
+    assert output == f"{tmp_path / NAME}: stopped; go on with --resume.\n"
+    assert errors == ""
+    assert not (tmp_path / NAME).exists()
+
+
+# Killed.
+
+# Imports once, then forks for each run: nothing of TensorFlow runs before.
+SERVER = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import main
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        log = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        status = main.run(["main.py", *line.split()])
+        sys.stdout.flush()
+        os._exit(status)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Starts the program in a process of its own, which may be killed.
+
+    It returns the process's id, and a function that waits for its status.
+    """
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, Path(main.__file__).parent,
+         tmp_path / "log"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+    def launched(*arguments):
+        print(*COMMON, *arguments, file=server.stdin, flush=True)
+        return int(server.stdout.readline()), lambda: int(
+            server.stdout.readline()
+        )
+
+    yield launched
+    server.stdin.close()
+    server.wait()
+    server.stdout.close()
+
+
+def checkpoint_of(folder):
+    """Tells one checkpoint from the next."""
+    path = folder / "model.keras"
+    return path.stat().st_ino if path.exists() else None
+
+
+def wait_for(happens):
+    deadline = time.monotonic() + 120
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def wait_for_a_checkpoint(folder):
+    last = checkpoint_of(folder)
+    wait_for(lambda: checkpoint_of(folder) not in (None, last))
+
+
+@requires_tensorflow
+def test_killed_at_20_moments(launch, tmp_path):
+    """In training or at a checkpoint, in validation or while starting."""
+    moments = random.Random(0)
+    run = ["--epochs=4", "--batch_size=64", EVERY_STEP]
+    whole, killed = tmp_path / "whole" / NAME, tmp_path / "killed" / NAME
+    aside = killed / "aside.model.keras"
+    assert launch(*run, f"--runs_dir={whole.parent}")[1]() == 0
+    writing = 0
+    for i in range(20):
+        pid, status = launch(*run, f"--runs_dir={killed.parent}", "--resume")
+        if i % 4:
+            wait_for_a_checkpoint(killed)
+            if i % 4 == 1:
+                wait_for(aside.exists)
+            time.sleep(moments.uniform(0, 0.05))
+        else:
+            time.sleep(moments.uniform(0, 4))
+        os.kill(pid, signal.SIGKILL)
+        assert status() == -signal.SIGKILL
+        writing += aside.exists()
+    assert not (killed / "result.json").exists()
+    assert writing >= 3
+
+    pid, status = launch(*run, f"--runs_dir={killed.parent}", "--resume")
+    wait_for_a_checkpoint(killed)
+    time.sleep(moments.uniform(0, 0.5))
+    os.kill(pid, signal.SIGTERM)
+    asked = time.monotonic()
+    assert status() == 0
+    assert time.monotonic() - asked < 5
+    assert not (killed / "result.json").exists()
+
+    assert launch(*run, f"--runs_dir={killed.parent}", "--resume")[1]() == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert_same(whole, killed)
+    assert {path.name for path in killed.iterdir() if path.is_file()} == {
+        "history.csv", "model.keras", "model.1.keras", "result.json"
+    }  # fmt: skip
+
+
+# Damaged.
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "flipped":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif how == "emptied":
+        path.write_bytes(b"")
+    elif how == "foreign":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("else", "of another program")
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "how", ["cut", "flipped", "emptied", "foreign", "missing"]
+)
+def test_checkpoint_before_a_damaged_one(how, copy, capfd):
+    newest = copy / "model.keras"
+    damage(newest, how)
+    progress = runs.look(copy, settings(), resume=True)
+    assert (progress.epoch, progress.partial.step) == (1, 0)
+    assert progress.checkpoint == copy / "model.1.keras"
+    said = capfd.readouterr().err
+    reason = "missing" if how == "missing" else "damaged ("
+    assert said.startswith(f"{newest}: {reason}")
+    assert said.endswith("; going on from model.1.keras, after epoch 1.\n")
+    assert said.count("\n") == 1
+
+    damage(copy / "model.1.keras", "cut")
+    with pytest.raises(UserError, match=f"{reason.split()[0]}.* Delete the"):
+        runs.look(copy, settings(), resume=True)
+    assert len(list(copy.glob("*.keras"))) == 2 - (how == "missing")
+
+
+def test_run_with_a_damaged_checkpoint_loses_nothing(copy, whole):
+    damage(copy / "model.keras", "cut")
+    assert begin(copy.parent, "--resume") == 0
+    assert_same(copy, whole)
+    # The damaged one did not take the place of a whole one.
+    for path in files.kept(copy / "model.keras"):
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None
+
+
+def test_damaged_result(whole, tmp_path, capfd):
+    folder = Path(shutil.copytree(whole, tmp_path / NAME))
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text('{"test_err')
+    assert begin(tmp_path, "--resume") == 0
+    output, errors = capfd.readouterr()
+    assert errors.startswith(f"{folder / 'result.json'}: damaged (")
+    assert errors.count("\n") == 1
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert "Epoch" not in output
+    assert_same(folder, whole)
+
+
+@pytest.mark.parametrize(
+    ("argument", "was"),
+    [
+        ("--method=fa", "--method=fa_usf_sn, not fa"),
+        ("--seed=1", "--seed=0, not 1"),
+        ("--dataset=mnist", "--dataset=digits, not mnist"),
+        ("--model=mnist", "--model=digits, not mnist"),
+        ("--dropout=0.2", "--dropout=0.3, not 0.2"),
+        ("--epochs=1", "2 epochs are trained or begun already"),
+    ],
+)
+def test_checkpoint_of_another_run(argument, was, left):
+    before = (left / "model.keras").read_bytes()
+    with pytest.raises(UserError, match=was):
+        runs.look(left, settings(argument), resume=True)
+    assert (left / "model.keras").read_bytes() == before
+
+
+def test_versions_of_a_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.keras"
+    write = [
+        lambda aside, text=str(i): aside.write_text(text) for i in range(9)
+    ]
+    for i in range(5):
+        files.replace(path, write[i], 3)
+        texts = [p.read_text() for p in files.kept(path)]
+        assert texts == [str(j) for j in range(i, max(i - 3, -1), -1)]
+    assert [p.name for p in files.kept(path)] == [
+        "model.keras", "model.1.keras", "model.2.keras"
+    ]  # fmt: skip
+
+    # Killed at each of the renames: the last whole one comes first.
+    rename = os.replace
+    for i, allowed in enumerate((0, 1, 2)):
+        calls = []
+
+        def killed(*places, calls=calls, allowed=allowed):
+            calls.append(places)
+            if len(calls) > allowed:
+                raise SystemExit
+            rename(*places)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed)
+            with pytest.raises(SystemExit):
+                files.replace(path, write[5], 3)
+        assert files.kept(path)[0].read_text() == str(4 + i)
+        files.replace(path, write[5 + i], 3)
+        assert files.kept(path)[0].read_text() == str(5 + i)
+        assert not list(tmp_path.glob("aside*"))
+
+
+# Full disks.
+
+
+@pytest.fixture
+def small_files():
+    """Makes larger files fail, as a full disk does, in this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    yield limit
+    limit(soft)
+
+
+def assert_full(folder, errors, place):
+    assert errors.startswith(f"main.py: {folder}: cannot be written to (")
+    assert f"the checkpoint {place} is whole" in errors
+    assert "--resume" in errors
+    assert errors.count("\n") == 1
+    assert not list(folder.glob("aside*"))
+    assert not (folder / "result.json").exists()
+    progress = runs.look(folder, settings(), resume=True)
+    assert progress.place == place
+
+
+def test_file_that_is_too_large(copy, whole, small_files, capfd):
+    small_files(1_000_000)  # the checkpoint's, not the history's
+    status = begin(copy.parent, "--resume")
+    small_files(resource.RLIM_INFINITY)
+    assert status == 1
+    assert_full(copy, capfd.readouterr().err, "in epoch 2, after step 4")
+    assert begin(copy.parent, "--resume") == 0
+    assert_same(copy, whole)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of its own, of 12 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(mount, capture_output=True).returncode
+    ):
+        pytest.skip("mounting a disk takes root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("event", ["on_train_begin", "on_epoch_end"])
+def test_full_disk(event, disk, left, whole, monkeypatch, capfd):
+    folder = Path(shutil.copytree(left, disk / NAME))
+    unpatched = getattr(runs.RunWriter, event)
+
+    def filled(self, *arguments):
+        with (disk / "other").open("wb", buffering=0) as file:
+            while True:
+                try:
+                    file.write(bytes(4096))
+                except OSError:
+                    break
+        unpatched(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.RunWriter, event, filled)
+        assert begin(disk, "--resume", "--alignment_every=1") == 1
+    (disk / "other").unlink()
+    assert_full(folder, capfd.readouterr().err, "in epoch 2, after step 4")
+    assert begin(disk, "--resume") == 0
+    assert_same(folder, whole)
+
+
+def test_words_of_a_full_disk():
+    """Of libraries that keep no error number."""
+    inner = RuntimeError(
+        "Unable to write (errno = 28, No space left on device)"
+    )
+    outer = ValueError("could not save")
+    outer.__cause__ = inner
+    assert files.disk_error(outer) == "No space left"
+    assert files.disk_error(OSError(122, "")) == "Disk quota exceeded"
+    assert files.disk_error(ValueError("no number")) is None
+    assert files.disk_error(PermissionError(13, "denied")) is None
+
+
+# Divergence.
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """That of a small model, after a first epoch."""
+    model = keras.Sequential(
+        [keras.Input((2,))]
+        + [keras.layers.Dense(2, name=name) for name in ("low", "mid", "high")]
+    )
+    model.compile("sgd", "mse")
+    writer = runs.RunWriter(
+        tmp_path, settings(), runs.Progress(), examples_per_epoch=1
+    )
+    writer.set_model(model)
+    writer.on_train_begin()
+    end_epoch(writer, 0, loss=1.0)
+    return writer
+
+
+def end_epoch(writer, epoch, **logs):
+    writer.on_epoch_begin(epoch)
+    writer.progress.partial = runs.Partial(training_seconds=1.0)
+    writer.on_epoch_end(epoch, logs)
+
+
+def test_divergence_names_its_layers(writer, tmp_path):
+    before = (tmp_path / "model.keras").read_bytes()
+    layers = writer.model.layers
+    layers[2].bias.assign([1.0, np.nan])
+    layers[0].kernel.assign([[1.0, 0.0], [np.inf, 0.0]])
+    with pytest.raises(
+        Diverged, match=r"epoch 2 of 3: .* weights of low, high"
+    ):
+        end_epoch(writer, 1, loss=1.0)
+    # Nor are they saved inside an epoch.
+    writer.on_epoch_begin(1)
+    writer.terminated = lambda: True
+    with pytest.raises(Diverged):
+        writer.on_train_batch_end(0)
+    assert (tmp_path / "model.keras").read_bytes() == before
+    assert not (tmp_path / "model.1.keras").exists()
+    layers[2].bias.assign([0.0, 0.0])
+    layers[0].kernel.assign(np.eye(2))
+    with pytest.raises(Diverged, match="val_loss, though all weights"):
+        end_epoch(writer, 1, loss=1.0, val_loss=np.inf)
+    with pytest.raises(Stopped):
+        writer.on_train_batch_end(0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        ("--dtype_policy=mixed_float16 --method=fa", "=mixed_bfloat16 or"),
+        ("--kernel_scale=3 --method=fa", "less than --kernel_scale=3.0"),
+        ("--feedback_scale=2 --method=fa", "less than --feedback_scale=2.0"),
+        ("--method=fa", "fa_usf_sn"),
+        ("--learning_rate=7", "less than --learning_rate=7.0 or a longer"),
+    ],
+)
+def test_advice_on_divergence(arguments, advice, writer):
+    writer.settings = settings(*arguments.split())
+    with pytest.raises(Diverged) as raised:
+        end_epoch(writer, 1, loss=np.nan)
+    message = str(raised.value)
+    assert Diverged.SIGN in message
+    assert f"{advice}" in message.partition("try again, with ")[2]
