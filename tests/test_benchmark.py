@@ -236,6 +236,7 @@ def test_a_method_that_does_not_fit_is_left_out(
         (["--methods=fa,usf"], "fa_usf_sn"),
         (["--methods="], "fa_usf_sn"),
         (["--dtype_policies=int8"], "mixed_bfloat16"),
+        (["--networks="], "--input"),
         (["--steps=0"], "--steps"),
         (["--steps=3", "--steps_per_execution=2"], "multiple"),
         (["--rounds=1"], "at least 2"),
@@ -318,6 +319,35 @@ def test_the_peer_trains(mode: str) -> None:
 def test_all_methods_have_known_bytes() -> None:
     # The generator's state and DenseFA's maps are others' to test.
     assert set(METHODS) - set(STORED) == {"bp_noise", "dense_fa"}
+
+
+@requires_tensorflow
+def test_input_of_imagenet(tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("tensorflow_datasets")
+    import photo_folder
+
+    photo_folder.write(tmp_path / "data", training=6, validation=1)
+    out = tmp_path / "input"
+    arguments = ["--networks=", f"--input={tmp_path / 'data'}", f"--out={out}"]
+    assert run(*TINY, *arguments) == 0
+    results = json.loads(out.with_suffix(".json").read_text())
+    assert results["results"] == []
+    rows = {row["name"]: row for row in results["input"]["rows"]}
+    ours, whole = rows["windows decoded"], rows["whole photos decoded"]
+    cores = results["machine"]["cores"]
+    for row in (ours, whole):
+        assert len(row["seconds_per_step"]) == 3
+        per_second = 4 / row["median_seconds"]
+        assert row["images_per_second"] == per_second
+        assert row["images_per_second_and_core"] == per_second / cores
+    assert ours["ours_is_faster_by"]["median"] == 1
+    assert whole["ours_is_faster_by"] == benchmark.spread(
+        whole["seconds_per_step"], ours["seconds_per_step"]
+    )
+    table = benchmark.input_table(results["input"])
+    assert table in capsys.readouterr().out
+    assert table in out.with_suffix(".md").read_text()
+    assert "6 photos of ImageNet to 224x224" in table
 
 
 @requires_tensorflow

@@ -27,8 +27,10 @@ of memory is that of a process of its own which builds the model and trains a
 few steps, less what it held before: resident memory on a CPU, the device's
 own count on an accelerator. The alignment monitor's row is one measurement on
 a probe of 256 images, as a multiple of one training step on a batch. With
---peak_tflops, the share of the peak is that of the operations that
-backpropagation needs,
+--input, training batches of ImageNet are made and dropped, in turn by the
+pipeline that training has and by one which decodes each photo whole before it
+cuts out the window; all else in the two is the same. With --peak_tflops, the
+share of the peak is that of the operations that backpropagation needs,
 
     2 batch (3 (sum of all layers' multiply-adds) - (the first layer's)),
 
@@ -37,7 +39,7 @@ but the first's, for whatever method: normalizations and activations are not
 counted.
 """
 
-import startup  # noqa: F401 - before anything imports Keras
+import startup  # before anything imports Keras
 
 # isort: split
 import collections
@@ -81,6 +83,7 @@ BACKEND = keras.backend.backend()
 PROBE_SIZE = 256
 MONITOR = f"alignment monitor, {PROBE_SIZE} images"
 MEMORY_STEPS = 3
+INPUT_SIZE = 224
 # Environment variables that change what is timed.
 ENVIRONMENT = (
     "KERAS_BACKEND",
@@ -185,6 +188,13 @@ flags.DEFINE_enum(
     flag_values=FLAGS,
 )
 flags.DEFINE_string(
+    "input",
+    None,
+    "The --data_dir of ImageNet, to measure how fast its training batches are "
+    "made. To measure nothing else: --networks= with it.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_string(
     "out",
     "runs/benchmark",
     "Where to write: <out>.json and <out>.md.",
@@ -197,10 +207,20 @@ for _name, _allowed in {
 }.items():
     flags.register_validator(
         _name,
-        lambda given, allowed=_allowed: given and set(given) <= set(allowed),
+        lambda given, allowed=_allowed: set(given) <= set(allowed),
         "not one of those there are",
         flag_values=FLAGS,
     )
+for _name in ("methods", "dtype_policies"):
+    flags.register_validator(
+        _name, bool, "there has to be one", flag_values=FLAGS
+    )
+flags.register_multi_flags_validator(
+    ["networks", "input"],
+    lambda given: given["networks"] or given["input"],
+    "--networks and --input are empty: there is nothing to measure",
+    flag_values=FLAGS,
+)
 flags.register_multi_flags_validator(
     ["steps", "steps_per_execution"],
     lambda given: given["steps"] % given["steps_per_execution"] == 0,
@@ -283,6 +303,28 @@ class Monitor:
         began = time.perf_counter()
         self.measure(*self.probe)  # returns floats: the device is done
         return time.perf_counter() - began
+
+
+class Input:
+    """Batches that are made and dropped.
+
+    Args:
+        batches: A `tf.data.Dataset`.
+        steps: Batches in a block.
+    """
+
+    def __init__(self, batches: Any, steps: int) -> None:
+        self.batches = batches
+        self.steps = steps
+
+    def block(self) -> float:
+        """Makes a block of batches; the seconds of one of them."""
+        batches = iter(self.batches)  # it ends with the block: no other one
+        next(batches)  # finds batches made in its time
+        began = time.perf_counter()
+        for _ in range(self.steps):
+            next(batches)
+        return (time.perf_counter() - began) / self.steps
 
 
 def profile(trainee: Trainee) -> dict[str, float]:
@@ -552,6 +594,60 @@ def measure(
     }
 
 
+def measure_input(photos: Any) -> dict[str, Any]:
+    """Times the input of ImageNet, with two ways to decode.
+
+    Args:
+        photos: A `photos.Photos`.
+
+    Returns:
+        The entry `input` in the JSON file.
+    """
+    import tensorflow as tf
+
+    def cut_whole(photo: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
+        whole = tf.io.decode_jpeg(photo, channels=3)
+        y, x, height, width = tf.unstack(window)
+        return whole[y : y + height, x : x + width]
+
+    size = FLAGS.batch_size
+    run = {
+        "batch_size": size,
+        "steps_per_epoch": photos.training_images // size,
+        "seed": 0,
+        "first_step": 0,
+        "epochs": 1_000_000,
+    }
+    seconds, order = in_turn(
+        {
+            "windows decoded": Input(photos.training(**run), FLAGS.steps),
+            "whole photos decoded": Input(
+                photos.training(**run, decode=cut_whole), FLAGS.steps
+            ),
+        },
+        FLAGS.rounds,
+    )
+    rows = []
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        rows.append(
+            {
+                "name": name,
+                "seconds_per_step": times,
+                "median_seconds": median,
+                "images_per_second": size / median,
+                "images_per_second_and_core": size / median / _cores(),
+                "ours_is_faster_by": spread(times, seconds["windows decoded"]),
+            }
+        )
+    return {
+        "image_size": INPUT_SIZE,
+        "photos": photos.training_images,
+        "rows": rows,
+        "order": order,
+    }
+
+
 def in_turn(
     timed: dict[str, Any], rounds: int
 ) -> tuple[dict[str, list[float]], list[list[str]]]:
@@ -631,6 +727,25 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(text).rstrip() + "\n"
 
 
+def input_table(result: dict[str, Any]) -> str:
+    """The entry `input` as Markdown."""
+    size = result["image_size"]
+    lines = [
+        f"## input, {result['photos']:,d} photos of ImageNet to {size}x{size}",
+        "",
+        "| input | images/s | images/s a core | ours is faster by (quartiles) "
+        "|",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['name']} | {row['images_per_second']:,.0f} | "
+            f"{row['images_per_second_and_core']:,.0f} | "
+            f"{_spread(row['ours_is_faster_by'])} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def _spread(ratio: dict[str, float]) -> str:
     return (
         f"{ratio['median']:.3f} ({ratio['first_quartile']:.3f} to "
@@ -669,6 +784,7 @@ def report(results: dict[str, Any]) -> str:
             f"- batch {settings['batch_size']}, SGD with momentum 0.9, "
             f"{settings['rounds']} rounds of {settings['steps']} steps, "
             f"{settings['steps_per_execution']} a call\n",
+            *[input_table(results["input"])] * ("input" in results),
             *map(table, results["results"]),
         ]
     )
@@ -758,6 +874,16 @@ def benchmark() -> None:
                 f"on {accelerator()}. Hide it (CUDA_VISIBLE_DEVICES=''), or "
                 "leave --peer out."
             )
+    if FLAGS.input:
+        if not startup.installed("tensorflow", "tensorflow_datasets"):
+            raise UserError(
+                f"--input={FLAGS.input}: photos are read by TensorFlow "
+                "Datasets. Install tensorflow and tensorflow-datasets, or "
+                "leave --input out."
+            )
+        from photos import Photos
+
+        photos = Photos(FLAGS.input, INPUT_SIZE)
     # Before this process itself takes an accelerator.
     cases = [(n, p) for n in FLAGS.networks for p in FLAGS.dtype_policies]
     peaks = {case: {} for case in cases}
@@ -771,6 +897,9 @@ def benchmark() -> None:
                 FLAGS.steps_per_execution,
             )
     results = surroundings()
+    if FLAGS.input:
+        results["input"] = measure_input(photos)
+        print(input_table(results["input"]), flush=True)
     results["results"] = []
     for case in cases:
         results["results"].append(measure(*case, peaks[case]))
