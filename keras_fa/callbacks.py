@@ -169,13 +169,30 @@ def _normalize(paths: list[FeedbackPath]) -> None:
         path.feedback_kernel.assign(path.matched_feedback_kernel())
 
 
+# How TensorBoard's page tells to read its charts: the measures of each part,
+# and their titles. What is longer it cuts off.
+PAGE = {
+    "Angles of each layer, in degrees: 0 is backpropagation, 90 is chance": {
+        "angle": "Angle between B and W",
+        "gradient_angle": "Angle between gradient and backpropagation's",
+    },
+    "Signs and norms of B and W: backpropagation has 100 percent and 1; "
+    "50 percent is chance": {
+        "sign_agreement": "Weights of equal sign (percent)",
+        "norm_ratio": "Norm of B / norm of W",
+    },
+}
+
+
 class AlignmentMonitor(keras.callbacks.Callback):
     """Measures alignment while training, for TensorBoard and for tables.
 
     Every `every` epochs it calls what `keras_fa.alignment.alignment` computes,
     on one probe batch. With a `log_dir` it writes scalars
     `alignment/<measure>/<layer>` and histograms of W and B, in a run of their
-    own named "alignment" below that folder.
+    own named "alignment" below that folder. Where tensorboard is installed,
+    its page "Custom Scalars" then has a chart for each measure, which says how
+    it is read, with a line for each layer.
 
     Args:
         probe: A pair `(x, y)` of arrays: the batch on which gradients are
@@ -257,6 +274,11 @@ class AlignmentMonitor(keras.callbacks.Callback):
             self._writer = tf.summary.create_file_writer(
                 f"{self.log_dir}/alignment"
             )
+            if find_spec("tensorboard") is not None:
+                with self._writer.as_default():
+                    tf.summary.experimental.write_raw_pb(
+                        _page(self.columns), step=0
+                    )
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         if (epoch + 1) % self.every:
@@ -293,3 +315,24 @@ def _flat(measures: dict[str, dict[str, float]]) -> dict[str, float]:
         for layer, values in measures.items()
         for measure, value in values.items()
     }
+
+
+def _page(columns: list[str]) -> bytes:
+    """What TensorBoard's page of custom scalars reads: its charts.
+
+    A chart names its lines by a pattern and not by layer, since TensorBoard
+    puts the pages of all runs together and drops equal charts.
+    """
+    from tensorboard.plugins.custom_scalar import layout_pb2
+    from tensorboard.plugins.custom_scalar import summary
+
+    measured = {column.split("/")[1] for column in columns}
+    layout = layout_pb2.Layout()
+    for explanation, measures in PAGE.items():
+        if measured.intersection(measures):
+            part = layout.category.add(title=explanation)
+        for measure, title in measures.items():
+            if measure in measured:
+                chart = part.chart.add(title=title)
+                chart.multiline.tag.append(f"^alignment/{measure}/.+$")
+    return summary.pb(layout).SerializeToString()

@@ -1,5 +1,6 @@
 """Strict normalization after every batch, and the monitor's files."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -331,7 +332,8 @@ def test_events(tmp_path: Path) -> None:
     assert sorted(monitor.columns) == sorted(columns)
     histograms = {f"kernel/{n}" for n in names}
     histograms |= {"feedback/first", "feedback/second"}
-    assert set(found) == {*columns, *histograms}
+    page = {"custom_scalars__config__"}
+    assert set(found) == {*columns, *histograms, *page}
     for column in columns:
         assert [step for step, _ in found[column]] == [0, 1]
         for step, value in found[column]:
@@ -366,6 +368,20 @@ def test_events_need_tensorflow(
     AlignmentMonitor(probe=(X, Y))
     with pytest.raises(ImportError, match=r"written by TensorFlow.*log_dir="):
         AlignmentMonitor(probe=(X, Y), log_dir=tmp_path)
+
+
+@requires_tensorflow
+def test_scalars_alone_without_tensorboard(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        "keras_fa.callbacks.find_spec",
+        lambda name: None if name == "tensorboard" else find_spec(name),
+    )
+    fit(convert(network(), "fa"), AlignmentMonitor((X, Y), tmp_path))
+    found = events(tmp_path / "alignment")
+    assert "alignment/angle/first" in found
+    assert "custom_scalars__config__" not in found
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, "2", None])

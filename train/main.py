@@ -629,6 +629,10 @@ def train_in(
                 ).__version__,
             },
         }
+        if startup.installed("tensorflow", "tensorboard"):
+            import board
+
+            board.finish(folder, result)
         runs.write_result(folder, result)
     report(folder, result)
 
@@ -707,9 +711,12 @@ def watchers(
         )
         callbacks.append(monitor)
     if curves:
-        callbacks.append(
-            keras.callbacks.TensorBoard(str(folder), write_graph=False)
-        )
+        from board import Board
+
+        callbacks += [
+            keras.callbacks.TensorBoard(str(folder), write_graph=False),
+            Board(folder, recipe, config.alignment_every),
+        ]
     else:
         print("No TensorBoard files: tensorflow or tensorboard is missing.")
     return callbacks, monitor
