@@ -73,6 +73,7 @@ import numpy as np
 import peers
 from absl import flags
 from errors import UserError
+from strategies import Share
 
 import keras_fa
 from keras_fa.alignment import alignment_function
@@ -612,6 +613,7 @@ def measure_input(photos: Any) -> dict[str, Any]:
 
     size = FLAGS.batch_size
     run = {
+        "share": Share(),
         "batch_size": size,
         "steps_per_epoch": photos.training_images // size,
         "seed": 0,

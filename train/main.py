@@ -560,6 +560,7 @@ def train_in(
                 recipe,
                 progress,
                 examples_per_epoch=steps_per_epoch * config.batch_size,
+                metrics=metrics_of(config),
                 monitor=monitor,
                 minutes=config.checkpoint_minutes,
                 keep=config.keep_checkpoints,
@@ -685,16 +686,23 @@ def compile_model(
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         first = keras.metrics.SparseCategoricalAccuracy
         five = keras.metrics.SparseTopKCategoricalAccuracy
-    metrics = [first(name="accuracy")]
-    if data.DATASETS[config.dataset].classes > 10:
-        metrics.append(five(k=5, name="top5_accuracy"))
+    made = {
+        "accuracy": lambda name: first(name=name),
+        "top5_accuracy": lambda name: five(k=5, name=name),
+    }
     model.compile(
         optimizer,
         loss=loss,
-        weighted_metrics=metrics,
+        weighted_metrics=[made[name](name) for name in metrics_of(config)],
         jit_compile=config.jit_compile,
         steps_per_execution=config.steps_per_execution,
     )
+
+
+def metrics_of(config: SimpleNamespace) -> list[str]:
+    """Those of `ACCURACIES` that tell something with so many classes."""
+    few = data.DATASETS[config.dataset].classes <= 10
+    return [*ACCURACIES][: 1 if few else 2]
 
 
 def watchers(

@@ -15,12 +15,12 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from errors import UserError
+from strategies import Share
 
 NAME = "imagenet2012"
 CLASSES = 1000
@@ -55,31 +55,6 @@ def decode_window(photo: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
     return tf.io.decode_and_crop_jpeg(photo, window, channels=3)
 
 
-class Share(NamedTuple):
-    """Which replicas of the global batch a process feeds.
-
-    Args:
-        replicas: Replicas in all processes together.
-        first: The first one that this process feeds.
-        count: How many it feeds.
-    """
-
-    replicas: int = 1
-    first: int = 0
-    count: int = 1
-
-    def part(self, start: int, stop: int) -> tuple[int, int]:
-        """This process's part of the photos from `start` to `stop`."""
-        n, last = stop - start, self.first + self.count
-        return (
-            start + n * self.first // self.replicas,
-            start + n * last // self.replicas,
-        )
-
-
-ALL = Share()
-
-
 class Photos:
     """The photos of ImageNet in a folder of TensorFlow Datasets.
 
@@ -95,6 +70,7 @@ class Photos:
     Attributes:
         training_images: Photos to train on.
         validation_images: Photos to evaluate on.
+        test_images: 0: the labels of ImageNet's are not public.
         skipped: The names of the photos met so far that did not decode.
 
     Raises:
@@ -112,6 +88,7 @@ class Photos:
         self._info = find(data_dir).info
         self._size = image_size
         self._one_hot = one_hot
+        self.test_images = 0
         self.skipped: set[str] = set()
         photos = self._info.splits["train"].num_examples
         held = max(photos // 100, 1) if hold_out else 0
@@ -124,12 +101,12 @@ class Photos:
 
     def training(
         self,
+        share: Share,
         batch_size: int,
         steps_per_epoch: int,
         seed: int,
         first_step: int,
         epochs: int,
-        share: Share = ALL,
         decode: Decode = decode_window,
     ) -> tf.data.Dataset:
         """The training batches of a process, from a step on.
@@ -142,13 +119,13 @@ class Photos:
         most 10 attempts; else it is the centre. They are resized bilinearly.
 
         Args:
+            share: The replicas that the process feeds.
             batch_size: Photos in a global batch, a multiple of the replicas.
             steps_per_epoch: Steps in an epoch, which leaves the rest out.
             seed: Of the order and of the windows.
             first_step: The step to begin with, counted over all epochs. The
                 photos before it are read in its epoch, but not decoded.
             epochs: The epoch to end before.
-            share: The replicas that the process feeds.
             decode: What decodes a window.
 
         Returns:
@@ -203,27 +180,27 @@ class Photos:
         )
         return self._batches(photos, each, pixels)
 
-    def evaluation(
-        self, batch_size: int, share: Share = ALL
-    ) -> tuple[tf.data.Dataset, int]:
+    def validation(
+        self, share: Share, batch_size: int, steps: int
+    ) -> tf.data.Dataset:
         """The validation batches of a process, again and again.
 
         A photo's central square of 0.875 of its short side is resized.
 
         Args:
-            batch_size: Photos in a global batch, a multiple of the replicas.
             share: The replicas that the process feeds.
+            batch_size: Photos in a global batch, a multiple of the replicas.
+            steps: Those that make up one evaluation, in which all photos have
+                room.
 
         Returns:
-            Batches of one replica, as those of `training`, ordered alike, and
-            the steps that make up one evaluation, the same in all processes.
-            In it each photo comes once in one of the processes. What fills
+            Batches of one replica, as those of `training`, ordered alike. In
+            one evaluation each photo comes once in one process. What fills
             the last batches are zeros of weight 0. Photos weigh as much more
             than 1 as brings the sum to that of full batches, so that the mean
             of Keras's losses over the batches is the mean over the photos;
             one that does not decode counts in it as a loss of 0.
         """
-        steps = -(-self.validation_images // batch_size)
         each = batch_size // share.replicas
         split, *whole = self._validation
         start, stop = share.part(*whole)
@@ -244,7 +221,7 @@ class Photos:
         def pixels(number: tf.Tensor, photo: tf.Tensor) -> tf.Tensor:
             return evaluation_pixels(photo, self._size)
 
-        return self._batches(photos.repeat(), each, pixels), steps
+        return self._batches(photos.repeat(), each, pixels)
 
     def probe(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """The first validation photos that decode.
@@ -255,7 +232,9 @@ class Photos:
         Returns:
             Images and labels, as in a batch.
         """
-        batches, steps = self.evaluation(min(n, self.validation_images))
+        size = min(n, self.validation_images)
+        steps = -(-self.validation_images // size)
+        batches = self.validation(Share(), size, steps)
         images, labels = [], []
         for x, y, w in batches.take(steps).as_numpy_iterator():
             images.extend(x[w > 0])

@@ -35,6 +35,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from typing import Self
@@ -458,6 +459,7 @@ class RunWriter(keras.callbacks.Callback):
         settings: the run's, kept in the checkpoint.
         progress: what was done before; this one adds to it.
         examples_per_epoch: number of images an epoch trains on.
+        metrics: names of the model's metrics.
         monitor: the `AlignmentMonitor` whose values become columns, or None.
         minutes: between two checkpoints inside an epoch; 0: there are none.
         keep: number of checkpoints that are kept, at least 1.
@@ -473,23 +475,13 @@ class RunWriter(keras.callbacks.Callback):
             or another metric is not a finite number.
     """
 
-    COLUMNS = (
-        "epoch",
-        "learning_rate",
-        "loss",
-        "accuracy",
-        "val_loss",
-        "val_accuracy",
-        "seconds",
-        "examples_per_second",
-    )
-
     def __init__(
         self,
         folder: Path,
         settings: dict[str, Any],
         progress: Progress,
         examples_per_epoch: int,
+        metrics: Sequence[str] = ("accuracy",),
         monitor: Any = None,
         minutes: float = 0.0,
         keep: int = 1,
@@ -502,6 +494,7 @@ class RunWriter(keras.callbacks.Callback):
         self.settings = settings
         self.progress = progress
         self.examples_per_epoch = examples_per_epoch
+        self.metrics = metrics
         self.monitor = monitor
         self.minutes = minutes
         self.keep = keep
@@ -517,7 +510,17 @@ class RunWriter(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         # A run that is continued may measure more or less than it did before.
-        columns = dict.fromkeys(self.COLUMNS)
+        measured = ["loss", *self.metrics]
+        columns = dict.fromkeys(
+            [
+                "epoch",
+                "learning_rate",
+                *measured,
+                *(f"val_{name}" for name in measured),
+                "seconds",
+                "examples_per_second",
+            ]
+        )
         columns |= dict.fromkeys(c for r in self.progress.rows for c in r)
         if self.monitor is not None:
             columns |= dict.fromkeys(self.monitor.columns)
