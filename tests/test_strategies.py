@@ -1,0 +1,501 @@
+"""Several devices and several workers, against one device."""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import main
+import models
+import numpy as np
+import pytest
+import runs
+import strategies
+from backends import ON_TENSORFLOW
+from data import Arrays
+from data import Split
+from data import Splits
+from data import evaluation_steps
+from errors import UserError
+from strategies import Share
+
+from keras_fa import convert
+from keras_fa.callbacks import StrictNormalization
+
+pytestmark = pytest.mark.skipif(
+    not ON_TENSORFLOW, reason="tf.distribute is TensorFlow's own"
+)
+
+WORKER = Path(__file__).with_name("workers.py")
+METHODS = ("fa_usf_sn", "fa_usf_const_ei", "dfa")
+# Ten steps an epoch.
+COMMON = (
+    "--epochs=2 --batch_size=128 --optimizer=sgd --label_smoothing=0.1 "
+    "--alignment_every=1"
+)
+
+
+def folder_of(runs_dir, method):
+    return runs_dir / f"digits-digits-{method}-s0"
+
+
+def begin(runs_dir, method, *arguments):
+    """Runs the program in this process."""
+    return main.run(
+        [
+            "main.py",
+            *COMMON.split(),
+            f"--runs_dir={runs_dir}",
+            f"--method={method}",
+            *arguments,
+        ]
+    )
+
+
+def history(folder):
+    with (folder / "history.csv").open(newline="") as file:
+        return [
+            {
+                name: float(value)
+                for name, value in row.items()
+                if "second" not in name
+            }
+            for row in csv.DictReader(file)
+        ]
+
+
+def assert_close(folder, other, tolerance=2e-5):
+    """The same is learned and measured, to rounding."""
+    rows, other_rows = history(folder), history(other)
+    assert len(rows) == len(other_rows) > 0
+    for row, other_row in zip(rows, other_rows):
+        assert row == pytest.approx(other_row, rel=1e-3, abs=1e-3, nan_ok=True)
+    models = [
+        keras.saving.load_model(f / "model.keras") for f in (folder, other)
+    ]
+    variables, others = (m.weights + m.optimizer.variables for m in models)
+    assert len(variables) == len(others)
+    for variable, other_variable in zip(variables, others):
+        np.testing.assert_allclose(
+            variable, other_variable, atol=tolerance, err_msg=variable.path
+        )
+    results = [
+        json.loads((f / "result.json").read_text()) for f in (folder, other)
+    ]
+    for name in ("test_error", "validation_error", "train_error"):
+        assert results[0][name] == pytest.approx(results[1][name], abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def network():
+    """The network with batch normalisation, in place of digits' own."""
+    import workers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "NETWORKS", workers.NETWORKS)
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(network, tmp_path_factory):
+    """Runs on one device."""
+    runs_dir = tmp_path_factory.mktemp("alone")
+    for method in METHODS:
+        assert begin(runs_dir, method) == 0
+    return runs_dir
+
+
+@pytest.fixture
+def mirrored(strategy, network, monkeypatch):
+    """`--strategy=mirrored` is this process's two replicas."""
+    monkeypatch.setitem(
+        strategies.STRATEGIES,
+        "mirrored",
+        lambda *_: strategies.Distributed(strategy),
+    )
+
+
+# Replicas in one process.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_replicas_equal_one_device(method, mirrored, alone, tmp_path):
+    arguments = ["--strategy=mirrored", "--steps_per_execution=2"]
+    assert begin(tmp_path, method, *arguments) == 0
+    assert_close(folder_of(tmp_path, method), folder_of(alone, method))
+    saved = keras.saving.load_model(folder_of(tmp_path, method) / "model.keras")
+    assert type(saved).__name__ == "Functional"
+
+
+def test_replicas_are_stopped_and_go_on(
+    mirrored, alone, tmp_path, monkeypatch, capfd
+):
+    """Inside an epoch, the means of whose metrics are those of all steps."""
+    unpatched = runs.RunWriter.on_train_batch_end
+
+    def terminated(self, batch, logs=None):
+        if (self.progress.epoch, batch) == (1, 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        unpatched(self, batch, logs)
+
+    monkeypatch.setattr(runs.RunWriter, "on_train_batch_end", terminated)
+    arguments = ["--strategy=mirrored", "--resume"]
+    assert begin(tmp_path, "fa_usf_sn", *arguments) == 0
+    assert "stopped in epoch 2, after step 4" in capfd.readouterr().out
+    monkeypatch.setattr(runs.RunWriter, "on_train_batch_end", unpatched)
+    assert begin(tmp_path, "fa_usf_sn", *arguments) == 0
+    assert_close(
+        folder_of(tmp_path, "fa_usf_sn"), folder_of(alone, "fa_usf_sn")
+    )
+
+
+def test_step_is_a_graph_of_fixed_shapes_without_the_host(strategy, network):
+    """What a TPU needs, by the graph of the compiled step itself."""
+    placement = strategies.Distributed(strategy)
+    with placement.scope():
+        model = convert(
+            models.build("digits", 10, synchronized=True), "fa_usf_sn"
+        )
+    model = placement.adopt(
+        model,
+        lambda model: model.compile(
+            "sgd",
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            weighted_metrics=[keras.metrics.SparseCategoricalAccuracy()],
+            steps_per_execution=2,
+        ),
+    )
+    split = Split(np.zeros((32, 8, 8, 1), np.float32), np.arange(32) % 10)
+    batches = placement.feed(
+        lambda share: Arrays(Splits(split, split, split)).training(
+            share,
+            batch_size=8,
+            steps_per_epoch=4,
+            seed=0,
+            first_step=0,
+            epochs=1,
+        )
+    )
+    images, labels = batches.element_spec
+    for value in (*images._component_specs, *labels._component_specs):
+        assert value.shape[0] == 4
+        assert value.shape.is_fully_defined()
+    traced = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            function = self.model.train_function._function
+            traced.append(function.get_concrete_function(iter(batches)))
+
+    model.fit(
+        batches,
+        steps_per_epoch=2,
+        callbacks=[StrictNormalization(), Look()],
+        verbose=0,
+    )
+    graph = traced[0].graph
+    definition = graph.as_graph_def()
+    operations = [node.op for node in definition.node]
+    for function in definition.library.function:
+        operations += [node.op for node in function.node_def]
+    assert "Conv2DBackpropFilter" in "".join(operations)
+    assert any("Sign" in operation for operation in operations)
+    host = {"PyFunc", "EagerPyFunc", "PyFuncStateless", "PrintV2", "Print"}
+    assert not host & set(operations)
+
+
+# Several workers.
+
+
+def free_ports(number):
+    sockets = [socket.socket() for _ in range(number)]
+    for one in sockets:
+        one.bind(("localhost", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def start_workers(tmp_path, *command_lines, script=WORKER):
+    """Two workers with a folder each; their processes."""
+    addresses = [f"localhost:{port}" for port in free_ports(2)]
+    processes = []
+    for index in range(2):
+        cluster = {
+            "cluster": {"worker": addresses},
+            "task": {"type": "worker", "index": index},
+        }
+        train = str(Path(main.__file__).parent)
+        processes.append(
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    str(script),
+                    *(
+                        f"{COMMON} --strategy=multi_worker {line} "
+                        f"--runs_dir={tmp_path / str(index)}"
+                        for line in command_lines
+                    ),
+                ],
+                env={
+                    **os.environ,
+                    "TF_CONFIG": json.dumps(cluster),
+                    "PYTHONPATH": train,
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return processes
+
+
+def ended(processes):
+    """Exit status, output and errors of each."""
+    said = [process.communicate(timeout=400) for process in processes]
+    return [(p.returncode, *s) for p, s in zip(processes, said)]
+
+
+def test_two_workers_equal_one_device(alone, tmp_path):
+    chief, other = ended(
+        start_workers(tmp_path, *(f"--method={method}" for method in METHODS))
+    )
+    assert chief[0] == other[0] == 0, (chief[2], other[2])
+    assert "Test error" in chief[1]
+    assert "Test error" not in other[1]
+    for method in METHODS:
+        assert_close(
+            folder_of(tmp_path / "0", method), folder_of(alone, method)
+        )
+    assert not (tmp_path / "1").exists()  # the chief alone writes
+
+
+def test_lost_worker(alone, tmp_path):
+    """The other one says so, and the job goes on from its checkpoint."""
+    processes = start_workers(tmp_path, "--epochs=100")
+    rows = folder_of(tmp_path / "0", "fa_usf_sn") / "history.csv"
+    deadline = time.monotonic() + 200
+    while not rows.exists() or len(rows.read_text().splitlines()) < 2:
+        assert time.monotonic() < deadline
+        assert processes[0].poll() is None
+        time.sleep(0.1)
+    processes[1].kill()
+    status, _, errors = ended(processes)[0]
+    assert status == 1
+    assert "Worker 0 of 2 lost another one" in errors
+    assert "--resume" in errors
+    assert len(errors.splitlines()) == 1
+    done = len(history(rows.parent))
+    for status, output, errors in ended(
+        start_workers(tmp_path, f"--epochs={done + 1} --resume")
+    ):
+        assert status == 0, errors
+        assert f"{done} of {done + 1} epochs are trained" in output
+    assert len(history(rows.parent)) == done + 1
+
+
+def test_refusal_of_the_chief_ends_all(tmp_path):
+    folder = folder_of(tmp_path / "0", "fa_usf_sn")
+    folder.mkdir(parents=True)
+    for index, (status, _, errors) in enumerate(
+        ended(start_workers(tmp_path, ""))
+    ):
+        assert status == 1
+        assert "this run exists already. Add --resume" in errors
+        assert len(errors.splitlines()) == 1
+        assert ("Worker 0 refused" in errors) == bool(index)
+
+
+TASK = {"type": "worker", "index": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "needs TF_CONFIG"),
+        ("{'cluster': 1}", "is not JSON"),
+        ("[1]", "does not describe workers"),
+        (json.dumps({"cluster": {"worker": ["a:1"]}}), "does not describe"),
+        (json.dumps({"cluster": {"worker": "a:1"}, "task": TASK}), "describe"),
+        (
+            json.dumps(
+                {
+                    "cluster": {"worker": ["a:1"]},
+                    "task": {"type": "worker", "index": 1},
+                }
+            ),
+            "does not describe",
+        ),
+        (
+            json.dumps({"cluster": {"ps": ["a:1"]}, "task": TASK}),
+            "does not describe",
+        ),
+    ],
+)
+def test_wrong_cluster(text, says, monkeypatch, capfd, tmp_path):
+    if text is None:
+        monkeypatch.delenv("TF_CONFIG", raising=False)
+    else:
+        monkeypatch.setenv("TF_CONFIG", text)
+    assert begin(tmp_path, "fa", "--strategy=multi_worker") == 1
+    errors = capfd.readouterr().err
+    assert len(errors.splitlines()) == 1
+    assert says in errors
+    assert '"task": {"type": "worker", "index": 0}' in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_cluster():
+    both = {"worker": ["a:1", "b:2"]}
+    task = {"type": "worker", "index": 1}
+    text = json.dumps({"cluster": both, "task": task})
+    assert strategies.cluster(text) == (1, ["a:1", "b:2"])
+
+
+# TPUs, as far as they can be had without one.
+
+
+def test_tpu_is_resolved_by_its_name(strategy, monkeypatch):
+    import tensorflow as tf
+
+    calls = []
+
+    class Resolver:
+        def __init__(self, name):
+            calls.append(name)
+
+        def master(self):
+            return ""
+
+    def note(name):
+        return lambda resolver: calls.append((name, type(resolver)))
+
+    def made(resolver):
+        assert isinstance(resolver, Resolver)
+        return strategy
+
+    monkeypatch.setattr(
+        tf.distribute.cluster_resolver, "TPUClusterResolver", Resolver
+    )
+    monkeypatch.setattr(
+        tf.config, "experimental_connect_to_cluster", note("connect")
+    )
+    monkeypatch.setattr(
+        tf.tpu.experimental, "initialize_tpu_system", note("initialize")
+    )
+    monkeypatch.setattr(tf.distribute, "TPUStrategy", made)
+    placement = strategies.tpu(0, "node-1")
+    assert calls == ["node-1", ("connect", Resolver), ("initialize", Resolver)]
+    assert (placement.replicas, placement.workers, placement.chief) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["local", "grpc://localhost:1"])
+def test_no_tpu(name, tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            main.__file__,
+            "--strategy=tpu",
+            f"--tpu={name}",
+            f"--runs_dir={tmp_path / 'runs'}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert f"--tpu={name}: no TPU can be used" in done.stderr
+    assert "--strategy=none|mirrored|multi_worker" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+# Shares of the data.
+
+
+def numbered(n):
+    """Images that tell their number, and labels that do so too."""
+    return Split(np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1), np.arange(n))
+
+
+def batches_of(source, share, first_step=0):
+    dataset = source.training(
+        share,
+        batch_size=8,
+        steps_per_epoch=5,
+        seed=3,
+        first_step=first_step,
+        epochs=2,
+    )
+    return [images.numpy().ravel().tolist() for images, _ in dataset]
+
+
+def test_replicas_share_the_batches_of_one():
+    source = Arrays(Splits(*[numbered(43)] * 3))
+    whole = batches_of(source, Share())
+    assert [len(batch) for batch in whole] == [8] * 10
+    two = batches_of(source, Share(2, 0, 2))
+    assert [a + b for a, b in zip(two[::2], two[1::2])] == whole
+    workers = [batches_of(source, Share(4, 2 * i, 2)) for i in range(2)]
+    joined = [
+        [*a, *b, *c, *d]
+        for a, b, c, d in zip(
+            workers[0][::2], workers[0][1::2], workers[1][::2], workers[1][1::2]
+        )
+    ]
+    assert joined == whole
+    assert batches_of(source, Share(2, 0, 2), first_step=7) == two[14:]
+
+
+@pytest.mark.parametrize("images", [1, 16, 43])
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_evaluation_sees_each_image_once(images, replicas, multiple):
+    batch_size, steps = evaluation_steps(images, 16, replicas, multiple)
+    assert batch_size % replicas == 0
+    assert steps % multiple == 0
+    source = Arrays(Splits(*[numbered(images)] * 3))
+    seen, total = [], 0.0
+    for worker in range(replicas):
+        share = Share(replicas, worker, 1)
+        dataset = source.validation(share, batch_size, steps)
+        for x, y, w in dataset.take(steps):
+            assert len(x) == batch_size // replicas
+            np.testing.assert_array_equal(np.ravel(x)[w > 0], y[w > 0])
+            seen += y[w > 0].numpy().tolist()
+            total += float(sum(w))
+    assert sorted(seen) == list(range(images))
+    assert total == pytest.approx(steps * batch_size)
+
+
+def test_padding_changes_no_metric():
+    rng = np.random.default_rng(0)
+    split = Split(
+        rng.normal(size=(43, 8, 8, 1)).astype(np.float32), np.arange(43) % 10
+    )
+    model = models.build("digits", 10)
+    model.compile(
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy()],
+    )
+    expected = model.evaluate(*split, verbose=0)
+    padded = Arrays(Splits(split, split, split)).validation(Share(), 16, 4)
+    measured = model.evaluate(padded, steps=4, verbose=0)
+    np.testing.assert_allclose(measured, expected, rtol=1e-5)
+
+
+def test_chief_says_what_the_others_are_told():
+    assert strategies.OneDevice().tell(lambda: {"a": 1}) == {"a": 1}
+    with pytest.raises(UserError, match="no"):
+        strategies.OneDevice().tell(_refuse)
+
+
+def _refuse():
+    raise UserError("no")

@@ -1,0 +1,45 @@
+"""A worker: runs of main.py, one after the other, on a network of the tests.
+
+python workers.py "--epochs=1 ..." "--epochs=2 ..."
+"""
+
+import functools
+import sys
+from typing import Any
+
+import main  # before all that imports Keras
+
+# isort: split
+import models
+import strategies
+from keras import layers
+
+
+def network(x: Any, classes: int, dropout: float = 0.0) -> Any:
+    """Two convolutions with batch normalisation, and a readout.
+
+    It is smooth: rounding turns no unit on or off.
+    """
+    for number in (1, 2):
+        x = layers.Conv2D(8, 3, use_bias=False, name=f"conv{number}")(x)
+        x = layers.BatchNormalization(name=f"norm{number}")(x)
+        x = layers.Activation("tanh", name=f"tanh{number}")(x)
+    x = layers.Flatten(name="flatten")(x)
+    return layers.Dense(classes, dtype="float32", name="readout")(x)
+
+
+NETWORKS = {
+    **models.NETWORKS,
+    "digits": models.NETWORKS["digits"]._replace(logits=network),
+}
+
+
+if __name__ == "__main__":
+    models.NETWORKS = NETWORKS
+    strategies.STRATEGIES["multi_worker"] = functools.cache(
+        strategies.multi_worker
+    )
+    for command_line in sys.argv[1:]:
+        status = main.run(["main.py", *command_line.split()])
+        if status:
+            sys.exit(status)
