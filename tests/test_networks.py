@@ -1,0 +1,250 @@
+"""The larger networks: ResNets, and those of the columns of ImageNet."""
+
+import itertools
+import math
+from pathlib import Path
+
+import columns
+import commandline
+import keras
+import models
+import numpy as np
+import pytest
+from backends import ON_TENSORFLOW
+from backends import array
+from backends import requires_tensorflow
+from errors import UserError
+
+from keras_fa import convert
+from keras_fa.callbacks import StrictNormalization
+from keras_fa.layers.feedback import feedback_layers
+
+# Parameters, without the moving statistics. Published for 1000 or 10 classes:
+# torchvision's alexnet, resnet18 and resnet50; 0.27 and 0.85 million by He et
+# al. (2016), with shortcuts that have none. imagenet_1 is counted by hand.
+PARAMETERS = {
+    "imagenet_1": 1_392_816 + 7 * 7 * 384 * 1000 + 1000,
+    "imagenet_2": 61_100_840,
+    "resnet18": 11_689_512,
+    "resnet50": 25_557_032,
+    "resnet20": 269_722,
+    "resnet56": 853_018,
+}
+# Layers with a kernel on the longest path.
+DEPTHS = {
+    "imagenet_1": 8,
+    "imagenet_2": 8,
+    "resnet18": 18,
+    "resnet50": 50,
+    "resnet20": 20,
+    "resnet56": 56,
+}
+long_on_jax = pytest.mark.skipif(
+    not ON_TENSORFLOW, reason="minutes of compiling small programs on JAX"
+)
+
+
+def small(name: str, **options: bool | float) -> keras.Model:
+    """A network for ten classes and the smallest images that it takes."""
+    size = models.NETWORKS[name].least_size
+    return models.build(name, 10, image_size=size, **options)
+
+
+def noise(model: keras.Model, images: int = 2) -> np.ndarray:
+    """Images of noise for a model."""
+    shape = (images, *model.input_shape[1:])
+    return np.random.default_rng(0).normal(size=shape).astype("float32")
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters(name: str) -> None:
+    network = models.NETWORKS[name]
+    model = models.build(name, 1000 if network.resizable else 10)
+    sizes = [math.prod(v.shape) for v in model.trainable_variables]
+    assert sum(sizes) == PARAMETERS[name]
+    path = [
+        layer.name
+        for layer in model.layers
+        if hasattr(layer, "kernel") and "shortcut" not in layer.name
+    ]
+    assert len(path) == DEPTHS[name]
+    assert model.input_shape == (None, *network.input_shape)
+    for layer in model.layers:
+        assert None not in layer.output.shape[1:], layer.name
+        if isinstance(layer, keras.layers.BatchNormalization):
+            assert (layer.momentum, layer.epsilon) == (0.9, 1e-5)
+
+
+@long_on_jax
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_step(name: str, policy: str) -> None:
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = convert(small(name), "fa_usf_sn")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    model.compile(
+        keras.optimizers.SGD(1e-2),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        run_eagerly=True,  # tracing takes longer than a step
+    )
+    kernels = [layer.kernel for layer in feedback_layers(model)]
+    before = [array(kernel) for kernel in kernels]
+    loss = model.train_on_batch(noise(model), np.array([3, 7]))
+    assert np.isfinite(loss)
+    for old, kernel in zip(before, kernels):
+        assert np.isfinite(array(kernel)).all(), kernel.path
+        assert not np.array_equal(old, array(kernel)), kernel.path
+    assert model.layers[1].compute_dtype == policy.removeprefix("mixed_")
+    assert model.output.dtype == "float32"
+
+
+@requires_tensorflow
+def test_a_step_compiles_with_xla() -> None:
+    """As on a TPU: forward, backward and update are one program."""
+    import tensorflow as tf
+
+    model = convert(small("resnet18"), "fa_usf_sn")
+    model.compile(
+        keras.optimizers.SGD(1e-3, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
+    )
+    model.optimizer.build(model.trainable_variables)
+    normalization = StrictNormalization()
+
+    @tf.function(jit_compile=True)
+    def step(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+        logs = model.train_step((x, y))
+        normalization.apply(model)
+        return logs["loss"]
+
+    before = [array(v) for v in model.trainable_variables]
+    assert np.isfinite(step(noise(model), np.array([3, 7])))
+    for old, variable in zip(before, model.trainable_variables):
+        assert np.isfinite(array(variable)).all(), variable.path
+        assert not np.array_equal(old, array(variable)), variable.path
+    for layer in feedback_layers(model):
+        norms = [
+            np.linalg.norm(array(kernel).astype("float64"))
+            for kernel in (layer.effective_feedback_kernel(), layer.kernel)
+        ]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "maps"),
+    [
+        ("fa_usf_sn", "dense"),
+        ("dfa", "dense"),
+        ("dense_fa", "convolutional"),
+    ],
+)
+def test_conversion_keeps_the_shortcuts(
+    method: str, maps: str, tmp_path: Path
+) -> None:
+    source = models.build("resnet20", 10)
+    images = noise(source)
+    wanted = array(source(images))
+    model = convert(source, method, feedback_maps=maps)
+    assert np.array_equal(array(model(images)), wanted)
+    assert [layer.name for layer in feedback_layers(model)] == [
+        layer.name for layer in source.layers if hasattr(layer, "kernel")
+    ]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert np.array_equal(array(loaded(images)), wanted)
+    # So that nothing but `import keras_fa` is needed to load it.
+    modules = {type(layer).__module__.split(".")[0] for layer in model.layers}
+    assert modules == {"keras", "keras_fa"}
+
+
+def test_shortcut_without_parameters() -> None:
+    model = models.build("resnet20", 10)
+    below, above = keras.Model(
+        model.input,
+        [
+            model.get_layer("stage1_block3_relu").output,
+            model.get_layer("stage2_block1_shortcut_pad").output,
+        ],
+    )(noise(model))
+    places = array(below)[:, ::2, ::2]
+    wanted = np.pad(places, [(0, 0), (0, 0), (0, 0), (8, 8)])
+    assert np.array_equal(array(above), wanted)
+    assert wanted.any()
+
+
+def test_stride_of_a_bottleneck() -> None:
+    """It is in the 3x3 convolution."""
+    model = small("resnet50")
+    strides = [
+        model.get_layer(f"stage2_block1_{name}").strides
+        for name in ("conv1", "conv2", "conv3", "shortcut")
+    ]
+    assert strides == [(1, 1), (2, 2), (1, 1), (2, 2)]
+
+
+def test_size_of_images() -> None:
+    for name, network in models.NETWORKS.items():
+        least = network.least_size
+        if least is None:
+            with pytest.raises(ValueError, match="one size only"):
+                network.resized(32)
+            continue
+        assert network.resized(least).image_shape == (least, least, 3)
+        with pytest.raises(
+            UserError,
+            match=rf"--image_size={least - 1} is too small for {name}\. "
+            f"Give at least {least},",
+        ):
+            models.build(name, 10, image_size=least - 1)
+    model = models.build("imagenet_1", 10, image_size=40)
+    assert model.input_shape == (None, 40, 40, 3)
+
+
+def test_batch_statistics_over_replicas() -> None:
+    for synchronized in (False, True):
+        model = models.build("resnet20", 10, synchronized=synchronized)
+        assert {
+            layer.get_config()["synchronized"]
+            for layer in model.layers
+            if isinstance(layer, keras.layers.BatchNormalization)
+        } == {synchronized}
+
+
+def test_dropout() -> None:
+    *_, drop, readout = models.build("resnet20", 10, dropout=0.3).layers
+    assert (drop.rate, readout.name) == (0.3, "fc")
+    assert not models.NETWORKS["imagenet_2"].drops
+    rates = [
+        layer.rate
+        for layer in small("imagenet_2").layers
+        if isinstance(layer, keras.layers.Dropout)
+    ]
+    assert rates == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("column", ["imagenet_1", "imagenet_2"])
+def test_flag_files_say_what_the_column_says(column: str) -> None:
+    for method in columns.COLUMNS[column].methods:
+        (argument,) = columns.cell(column, method)
+        text = Path(argument.removeprefix("--flagfile=")).read_text("utf-8")
+        notes, recipe = (
+            list(lines)
+            for _, lines in itertools.groupby(
+                text.splitlines(), lambda line: line.startswith("#")
+            )
+        )
+        assert "Not searched" in " ".join(notes)
+        assert recipe == columns.unsearched(column, method)
+        names = [columns.name(flag) for flag in recipe]
+        assert len(names) == len(set(names))
+
+
+def test_flag_file_of_the_main_job() -> None:
+    text = (commandline.FLAGFILES / "imagenet_usf.flags").read_text("utf-8")
+    flags = [line for line in text.splitlines() if not line.startswith("#")]
+    assert {"--dataset=imagenet2012", "--model=resnet18"} < set(flags)
+    assert {"--method=fa_usf_sn", "--epochs=90"} < set(flags)
+    assert "Not searched" in text
