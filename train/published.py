@@ -69,8 +69,8 @@ _ABOUT_PAPER = {
     ("mnist", "mnist"): f"{_ABOUT}.",
     ("cifar10", "cifar10_1"): f"{_ABOUT}.",
     ("cifar10", "cifar10_2"): f"{_OUR_NETWORK}All-CNN-C.",
-    ("imagenet2012", "imagenet_1"): f"{_OUR_NETWORK}that of "
-    "Bartunov et al. (2018).",
+    ("imagenet2012", "imagenet_1"): f"{_OUR_NETWORK}a small "
+    "convnet after Bartunov et al. (2018).",
     ("imagenet2012", "imagenet_2"): f"{_OUR_NETWORK}AlexNet without local "
     "response normalisation. The source prints the Const. figures under "
     "ImageNet 1, where they make no sense.",
