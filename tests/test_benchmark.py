@@ -24,7 +24,7 @@ STORED = {
     "bp": 0,
     "fa": 4 * WEIGHTS,
     "fa_usf_init": 4 * WEIGHTS,
-    "fa_usf_init_ei": 5 * WEIGHTS,  # signs are int8
+    "fa_usf_init_ei": 5 * WEIGHTS,  # a byte for each sign
     "fa_usf_sn": 4 * len(KERNELS),
     "bp_const": 4 * len(KERNELS),
     "fa_usf_const": 8 * len(KERNELS),

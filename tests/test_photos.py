@@ -395,6 +395,15 @@ def test_the_newest_version_5_is_taken(
     assert Photos(None, SIZE).training_images == 3
 
 
+def test_torn_file(tmp_path: Path) -> None:
+    photo_folder.write(tmp_path, 9, 1)
+    records = next(tmp_path.rglob("*-train.tfrecord*"))
+    records.write_bytes(records.read_bytes()[:-100])
+    ours = Photos(str(tmp_path), SIZE)
+    with pytest.raises(UserError, match="cannot be read"), ours.reading():
+        list(ours.training(Share(), 3, 3, 0, 0, 1))
+
+
 def test_more_photos_in_an_epoch_than_there_are(data_dir: Path) -> None:
     for batch_size, steps in ((TRAINING + 1, 1), (9, 3), (TRAINING + 1, 0)):
         with pytest.raises(UserError, match="25 photos to train on"):

@@ -425,7 +425,11 @@ def test_flags_after_a_flagfile_win(train, tmp_path, monkeypatch):
 def test_flagfiles(flagfile):
     config = settings(f"--flagfile={flagfile}")
     main.check(config)
-    column = config.model if config.dataset == "cifar10" else config.dataset
+    if flagfile == "imagenet_usf.flags":
+        assert (config.model, config.method) == ("resnet18", "fa_usf_sn")
+        return
+    several = config.dataset in ("cifar10", "imagenet2012")
+    column = config.model if several else config.dataset
     method = "usf" if flagfile == "digits_usf.flags" else config.method
     assert flagfile == f"{column}_{method}.flags"
     assert config.alignment_every == 1
@@ -519,6 +523,10 @@ BAD_INPUT = [
     ("--seed=4294967296", "0 to 2147483647"),
     ("--alignment_every=-1", "at least 0"),
     ("--steps_per_execution=0", "at least 1"),
+    ("--label_smoothing=1", "below 1"),
+    ("--image_size=32", "size of their own"),
+    ("--image_size=0", "2048"),
+    ("--dataset=imagenet2012 --model=mnist", "resnet18"),
     ("--virtual_devices=2", "--strategy=mirrored"),
     ("--virtual_devices=-1 --strategy=mirrored", "at least 0"),
     ("--resume=perhaps", "resume"),
@@ -545,8 +553,11 @@ BAD_INPUT = [
 ]
 if ON_TENSORFLOW:
     BAD_INPUT += [
-        ("--steps_per_execution=2 --strategy=mirrored", "mirrored"),
         ("--jit_compile --strategy=mirrored", "mirrored"),
+        ("--strategy=tpu --dataset=cifar10 --model=cifar10_1", "windows"),
+        ("--dataset=imagenet2012 --data_dir={missing}", "tfds build"),
+        ("--dataset=imagenet2012 --data_dir={here}", "tfds build"),
+        ("--dataset=imagenet2012 --download", "--data_dir"),
         ("--jit_compile --dataset=cifar10", "KERAS_BACKEND=jax"),
     ]
 else:

@@ -66,6 +66,7 @@ from pathlib import Path
 from typing import Any
 
 import commandline
+import data
 import files
 import keras
 import models
@@ -96,14 +97,12 @@ ENVIRONMENT = (
 )
 DTYPE_POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 
+# With as many classes as the data sets of their images have.
 NETWORKS: dict[str, Callable[[], keras.Model]] = {
-    "resnet50": lambda: keras.applications.ResNet50(
-        weights=None, classifier_activation=None
-    ),
-    **{
-        name: functools.partial(models.build, name, 10)
-        for name in models.NETWORKS
-    },
+    name: functools.partial(models.build, name, dataset.classes)
+    for dataset in data.DATASETS.values()
+    for name, network in models.NETWORKS.items()
+    if network.image_shape == dataset.image_shape
 }
 
 FLAGS = flags.FlagValues()
@@ -157,6 +156,12 @@ flags.DEFINE_enum(
     "dense",
     ["dense", "convolutional"],
     "Form of the fixed maps of DFA and DenseFA.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_bool(
+    "monitor",
+    True,
+    f"Whether to time the alignment monitor, too, on {PROBE_SIZE} images.",
     flag_values=FLAGS,
 )
 flags.DEFINE_bool(
@@ -550,8 +555,9 @@ def measure(
         compile_alike(model, FLAGS.steps_per_execution)
         callbacks = METHODS[name].callbacks() if name in METHODS else []
         timed[name] = Trainee(model, callbacks, batch, FLAGS.steps)
-    watched = keras_fa.convert(stock, "fa_usf_sn")
-    timed[MONITOR] = Monitor(watched, random_batch(stock, PROBE_SIZE))
+    if FLAGS.monitor:
+        watched = keras_fa.convert(stock, "fa_usf_sn")
+        timed[MONITOR] = Monitor(watched, random_batch(stock, PROBE_SIZE))
     with contextlib.ExitStack() as stack:
         if FLAGS.peer:
             for name, mode in peers.MODES.items():

@@ -1,18 +1,21 @@
 """The data sets: where they come from, how they are split and prepared.
 
-Every data set is a table entry and fits into memory as uint8 arrays. The test
-images are those of the data set's makers (digits: a fixed stratified fifth);
-the validation images are a fixed tenth of the training images.
+Every data set is a table entry. All but ImageNet, which photos.py streams, fit
+into memory as uint8 arrays; their test images are those of the data set's
+makers (digits: a fixed stratified fifth), and the validation images are a fixed
+tenth of the training images.
 
 Batches are raw images. What is done to them (windows, mirroring, scaling) are
 Keras layers at the front of the model, so that it happens on the model's
 device, on any backend, and a saved model takes raw images.
 """
 
+import contextlib
 import functools
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from typing import NamedTuple
@@ -488,49 +491,57 @@ class Arrays:
             labels are class numbers.
 
     Attributes:
-        training_images, validation_images, test_images: How many there are.
+        training_images, validation_images: How many there are.
         skipped: The names of the images that could not be read: none.
     """
 
     def __init__(self, splits: Splits, classes: int | None = None) -> None:
-        if classes is not None:
-            splits = Splits(
-                *(
-                    Split(
-                        split.images,
-                        keras.utils.to_categorical(split.labels, classes),
-                    )
-                    for split in splits
-                )
-            )
         self._splits = splits
-        self.training_images, self.validation_images, self.test_images = (
-            len(split.labels) for split in splits
-        )
+        self._classes = classes
+        self.training_images = len(splits.train.labels)
+        self.validation_images = len(splits.validation.labels)
         self.skipped: set[str] = set()
+
+    @property
+    def test_images(self) -> int:
+        """How many there are to test on."""
+        return len(self._splits.test.labels)
 
     def training(self, share: Share, **options: Any) -> Any:
         """`TrainingBatches` of these options, for `fit`."""
-        return feed(TrainingBatches(self._splits.train, share=share, **options))
+        return feed(
+            TrainingBatches(
+                self._labeled(self._splits.train), share=share, **options
+            )
+        )
 
-    def validation(self, *place: Any) -> Any:
+    def validation(self, share: Share, batch_size: int, steps: int) -> Any:
         """`EvaluationBatches` of the validation images, for `evaluate`."""
-        return self._evaluation(self._splits.validation, *place)
+        split = self._labeled(self._splits.validation)
+        return feed(EvaluationBatches(split, batch_size, steps, share), True)
 
-    def test(self, *place: Any) -> Any:
+    def test(self, share: Share, batch_size: int, steps: int) -> Any:
         """The same of the test images."""
-        return self._evaluation(self._splits.test, *place)
+        split = self._labeled(self._splits.test)
+        return feed(EvaluationBatches(split, batch_size, steps, share), True)
 
     def probe(self, n: int) -> Split:
         """The first n validation images, and their labels."""
-        return Split(*(part[:n] for part in self._splits.validation))
+        split = self._labeled(self._splits.validation)
+        return Split(*(part[:n] for part in split))
 
-    def _evaluation(
-        self, split: Split, share: Share, batch_size: int, steps: int
-    ) -> Any:
-        return feed(
-            EvaluationBatches(split, batch_size, steps, share), again=True
-        )
+    def _labeled(self, split: Split) -> Split:
+        if self._classes is None:
+            return split
+        labels = keras.utils.to_categorical(split.labels, self._classes)
+        return Split(split.images, labels)
+
+    def reading(self) -> AbstractContextManager:
+        """A scope in which a file that cannot be read is an error of one line.
+
+        All of this data set's are read already.
+        """
+        return contextlib.nullcontext()
 
 
 def evaluation_steps(

@@ -24,8 +24,12 @@ FLAGS = flags.FlagValues()
 flags.DEFINE_enum(
     "dataset",
     None,
-    [name for name in data.DATASETS if name != "digits"],
-    "Data set to export (digits needs no file).",
+    [
+        name
+        for name, dataset in data.DATASETS.items()
+        if name != "digits" and dataset.load is not None
+    ],
+    "Data set to export (digits needs no file, imagenet2012 is too large).",
     flag_values=FLAGS,
 )
 flags.DEFINE_string(

@@ -45,6 +45,7 @@ from keras_fa.methods import Method
 
 PROBE_SIZE = 256
 EVALUATION_BATCH_SIZE = 256
+PHOTO_PROBE_SIZE = 64  # of 224x224 pixels, on one device
 # A metric of the model, and what its error is called in result.json.
 ACCURACIES = {"accuracy": "error", "top5_accuracy": "top5_error"}
 
@@ -162,7 +163,8 @@ flags.DEFINE_float(
     "dropout",
     0.0,
     "Rate at which the inputs of the readout are dropped in training, from 0 "
-    "to below 1; not for cifar10_2, which has dropout of its own.",
+    "to below 1; not for cifar10_2 and imagenet_2, which have dropout of their "
+    "own.",
 )
 flags.DEFINE_float(
     "label_smoothing",
@@ -547,7 +549,7 @@ def train_in(
     if len(progress.lengths) > 1:
         # Not what a run of this length in one piece would have been.
         recipe["lengths"] = progress.lengths
-    with runs.written_to(folder, progress):
+    with source.reading(), runs.written_to(folder, progress):
         callbacks = METHODS[config.method].callbacks()
         monitor = None
         if placement.chief:
@@ -710,10 +712,13 @@ def watchers(
 ) -> tuple[list[keras.callbacks.Callback], AlignmentMonitor | None]:
     """The callbacks that look on, and the monitor of alignment among them."""
     curves = startup.installed("tensorflow", "tensorboard")
+    streamed = data.DATASETS[config.dataset].load is None
     callbacks, monitor = [], None
     if config.alignment_every:
         monitor = AlignmentMonitor(
-            probe=tuple(source.probe(PROBE_SIZE)),
+            probe=tuple(
+                source.probe(PHOTO_PROBE_SIZE if streamed else PROBE_SIZE)
+            ),
             log_dir=str(folder) if curves else None,
             every=config.alignment_every,
         )

@@ -11,10 +11,12 @@ version 3.0.0: all photos of version 5 are RGB or grey JPEGs. One that is not,
 or that is damaged, keeps its place in the batch as zeros of weight 0.
 """
 
+import contextlib
 import os
 import re
 import sys
 from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -354,6 +356,22 @@ class Photos:
             .prefetch(tf.data.AUTOTUNE)
             .with_options(options)
         )
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """A scope in which a file that cannot be read is an error of one line.
+
+        Raises:
+            UserError: If there is one.
+        """
+        try:
+            yield
+        except (tf.errors.DataLossError, tf.errors.NotFoundError) as error:
+            raise UserError(
+                f"{self._info.data_dir}: a file cannot be read "
+                f"({error.message.splitlines()[0]}). Get it again, or prepare "
+                f"{NAME} again, and go on with --resume. {PREPARE}"
+            ) from error
 
     def _skip(self, name: bytes) -> bytes:
         """Notes, and says once, that a photo does not decode."""
