@@ -164,7 +164,7 @@ def test_replicas_of_a_process_share_the_global_batch(data_dir: Path) -> None:
 def test_processes_train_on_different_photos(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def number(photo, seed, size, decode):
+    def number(photo, seed, size, decode, crop_area):
         return tf.fill((size, size, 3), tf.cast(seed[1], tf.uint8))
 
     monkeypatch.setattr(photos, "training_pixels", number)
@@ -224,6 +224,9 @@ def test_windows() -> None:
         shares.append(height * width / (90 * 120))
     assert 0.07 < min(shares) < 0.2
     assert 0.8 < max(shares) <= 1
+    for i in range(100):
+        large = photos.random_window((90, 120, 3), (7, i), 0.7).numpy()
+        assert large[2] * large[3] > 0.65 * 90 * 120
     # No window of these has 0.08 of the area and is no longer than 4 to 3.
     assert photos.random_window((10, 400, 3), (7, 0)).numpy().tolist() == [
         0, 193, 10, 14,

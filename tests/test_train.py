@@ -425,8 +425,8 @@ def test_flags_after_a_flagfile_win(train, tmp_path, monkeypatch):
 def test_flagfiles(flagfile):
     config = settings(f"--flagfile={flagfile}")
     main.check(config)
-    if flagfile == "imagenet_usf.flags":
-        assert (config.model, config.method) == ("resnet18", "fa_usf_sn")
+    if flagfile in ("imagenet_usf.flags", "imagenet_sample.flags"):
+        assert (config.dataset, config.method) == ("imagenet2012", "fa_usf_sn")
         return
     several = config.dataset in ("cifar10", "imagenet2012")
     column = config.model if several else config.dataset
@@ -526,6 +526,7 @@ BAD_INPUT = [
     ("--label_smoothing=1", "below 1"),
     ("--image_size=32", "size of their own"),
     ("--image_size=0", "2048"),
+    ("--crop_area=0", "above 0"),
     ("--dataset=imagenet2012 --model=mnist", "resnet18"),
     ("--virtual_devices=2", "--strategy=mirrored"),
     ("--virtual_devices=-1 --strategy=mirrored", "at least 0"),

@@ -180,6 +180,12 @@ flags.DEFINE_integer(
     lower_bound=8,
     upper_bound=2048,
 )
+flags.DEFINE_float(
+    "crop_area",
+    0.08,
+    "Least share of a photo's area that its window has in training, above 0 "
+    "and at most 1, on imagenet2012 alone.",
+)
 flags.DEFINE_bool(
     "test",
     True,
@@ -290,6 +296,11 @@ for _name in ("dropout", "label_smoothing"):
         lambda value: 0 <= value < 1,
         "it must be a number from 0 to below 1",
     )
+flags.register_validator(
+    "crop_area",
+    lambda value: 0 < value <= 1,
+    "it must be a number above 0 and at most 1",
+)
 for _name in ("warmup_epochs", "weight_decay", "checkpoint_minutes"):
     flags.register_validator(
         _name,
@@ -307,7 +318,7 @@ def settings() -> SimpleNamespace:
         dropout test seed data_dir download runs_dir resume
         checkpoint_minutes keep_checkpoints strategy tpu virtual_devices
         dtype_policy jit_compile steps_per_execution alignment_every
-        label_smoothing image_size""".split()
+        label_smoothing image_size crop_area""".split()
     chosen = SimpleNamespace(**{name: FLAGS[name].value for name in names})
     chosen.backend = keras.backend.backend()
     if chosen.jit_compile is None:
@@ -666,6 +677,7 @@ def images(config: SimpleNamespace) -> Any:
         config.image_size or dataset.image_shape[0],
         hold_out=not config.test,
         one_hot=bool(config.label_smoothing),
+        crop_area=config.crop_area,
     )
 
 

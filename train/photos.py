@@ -27,6 +27,7 @@ from strategies import Share
 NAME = "imagenet2012"
 CLASSES = 1000
 SHUFFLE_BUFFER = 8192
+CROP_AREA = 0.08
 FILES_AT_ONCE = 16
 BATCHES_AT_ONCE = 2
 PREPARE = (
@@ -68,6 +69,8 @@ class Photos:
             the validation, and the split `validation` is not touched.
         one_hot: Whether labels are `(b, 1000)` float32, instead of `(b,)`
             int64.
+        crop_area: The least share of a photo's area that a training window
+            has. Default 0.08.
 
     Attributes:
         training_images: Photos to train on.
@@ -86,10 +89,12 @@ class Photos:
         image_size: int,
         hold_out: bool = False,
         one_hot: bool = False,
+        crop_area: float = CROP_AREA,
     ) -> None:
         self._info = find(data_dir).info
         self._size = image_size
         self._one_hot = one_hot
+        self._crop_area = crop_area
         self.test_images = 0
         self.skipped: set[str] = set()
         photos = self._info.splits["train"].num_examples
@@ -116,9 +121,10 @@ class Photos:
         Each epoch reads the process's part of the files in an order of its
         own, 16 at a time, and shuffles the photos, not yet decoded, in a
         buffer of 8192: for ImageNet 0.9 GB of memory in each process. Windows
-        have 0.08 to 1 of a photo's area and 3/4 to 4/3 as their aspect ratio,
-        as `tf.image.stateless_sample_distorted_bounding_box` draws them in at
-        most 10 attempts; else it is the centre. They are resized bilinearly.
+        have `crop_area` to 1 of a photo's area and 3/4 to 4/3 as their aspect
+        ratio, as `tf.image.stateless_sample_distorted_bounding_box` draws them
+        in at most 10 attempts; else it is the centre. They are resized
+        bilinearly.
 
         Args:
             share: The replicas that the process feeds.
@@ -173,7 +179,9 @@ class Photos:
 
         def pixels(number: tf.Tensor, photo: tf.Tensor) -> tf.Tensor:
             drawn = tf.stack([tf.constant(seed, tf.int64), number])
-            return training_pixels(photo, drawn, self._size, decode)
+            return training_pixels(
+                photo, drawn, self._size, decode, self._crop_area
+            )
 
         photos = (
             tf.data.Dataset.range(first_epoch, epochs)
@@ -386,7 +394,11 @@ class Photos:
 
 
 def training_pixels(
-    photo: tf.Tensor, seed: tf.Tensor, size: int, decode: Decode
+    photo: tf.Tensor,
+    seed: tf.Tensor,
+    size: int,
+    decode: Decode,
+    crop_area: float,
 ) -> tf.Tensor:
     """A random window of a photo, half of the time mirrored.
 
@@ -395,12 +407,13 @@ def training_pixels(
         seed: The run's seed and the photo's number, `(2,)` int64.
         size: Height and width of the image to make.
         decode: What decodes a window.
+        crop_area: The least share of the photo's area in it.
 
     Returns:
         `(size, size, 3)` uint8.
     """
     even = seed * [1, 2]  # two draws, and a seed of its own for each
-    window = random_window(tf.io.extract_jpeg_shape(photo), even)
+    window = random_window(tf.io.extract_jpeg_shape(photo), even, crop_area)
     image = resized(decode(photo, window), size)
     mirrored = tf.random.stateless_uniform((), even + [0, 1]) < 0.5
     return tf.cond(mirrored, lambda: tf.reverse(image, [1]), lambda: image)
@@ -422,7 +435,9 @@ def evaluation_pixels(photo: tf.Tensor, size: int) -> tf.Tensor:
     return resized(decode_window(photo, window), size)
 
 
-def random_window(shape: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+def random_window(
+    shape: tf.Tensor, seed: tf.Tensor, crop_area: float = CROP_AREA
+) -> tf.Tensor:
     """A window `[y, x, height, width]` of a photo of some shape."""
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
         shape,
@@ -430,7 +445,7 @@ def random_window(shape: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         seed,
         min_object_covered=0.0,
         aspect_ratio_range=(3 / 4, 4 / 3),
-        area_range=(0.08, 1.0),
+        area_range=(crop_area, 1.0),
         max_attempts=10,
         use_image_if_no_bounding_boxes=True,
     )

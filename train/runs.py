@@ -68,6 +68,7 @@ FIXED_SETTINGS = (
     "dropout",
     "label_smoothing",
     "image_size",
+    "crop_area",
 )
 
 
