@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import commandline
@@ -375,6 +376,40 @@ def test_checkpoint_of_another_run(argument, was, left):
     with pytest.raises(UserError, match=was):
         runs.look(left, settings(argument), resume=True)
     assert (left / "model.keras").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    [
+        (
+            "training_images",
+            99,
+            "on 1293 training images, and now there are 99",
+        ),
+        ("workers", 2, "inside an epoch by 1 worker.s., and now there are 2"),
+    ],
+)
+def test_other_data_than_before(setting, value, says, left):
+    progress = runs.look(left, settings(), resume=True)
+    now = {"training_images": 1293, "workers": 1}
+    runs.check_data(left, progress, now)
+    with pytest.raises(UserError, match=says):
+        runs.check_data(left, progress, {**now, setting: value})
+
+
+@pytest.mark.parametrize("error", [EOFError, NotImplementedError, zlib.error])
+def test_whatever_a_damaged_archive_raises(error, copy, monkeypatch, capfd):
+    unpatched = zipfile.ZipFile.testzip
+
+    def damaged(self):
+        if Path(self.filename).name == "model.keras":
+            raise error("what zipfile says")
+        return unpatched(self)
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", damaged)
+    progress = runs.look(copy, settings(), resume=True)
+    assert progress.checkpoint.name == "model.1.keras"
+    assert "what zipfile says" in capfd.readouterr().err
 
 
 def test_versions_of_a_file(tmp_path, monkeypatch):

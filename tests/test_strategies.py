@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -137,14 +136,11 @@ def test_replicas_are_stopped_and_go_on(
     mirrored, alone, tmp_path, monkeypatch, capfd
 ):
     """Inside an epoch, the means of whose metrics are those of all steps."""
+    import workers
+
     unpatched = runs.RunWriter.on_train_batch_end
-
-    def terminated(self, batch, logs=None):
-        if (self.progress.epoch, batch) == (1, 3):
-            os.kill(os.getpid(), signal.SIGTERM)
-        unpatched(self, batch, logs)
-
-    monkeypatch.setattr(runs.RunWriter, "on_train_batch_end", terminated)
+    monkeypatch.setattr(runs.RunWriter, "on_train_batch_end", unpatched)
+    workers.stop_at(4)
     arguments = ["--strategy=mirrored", "--resume"]
     assert begin(tmp_path, "fa_usf_sn", *arguments) == 0
     assert "stopped in epoch 2, after step 4" in capfd.readouterr().out
@@ -153,6 +149,14 @@ def test_replicas_are_stopped_and_go_on(
     assert_close(
         folder_of(tmp_path, "fa_usf_sn"), folder_of(alone, "fa_usf_sn")
     )
+
+
+def test_scaled_loss_is_resumed(mirrored, tmp_path):
+    """The state of mixed_float16's optimiser is there once."""
+    arguments = ["--strategy=mirrored", "--dtype_policy=mixed_float16"]
+    assert begin(tmp_path, "fa_usf_sn", *arguments, "--epochs=1") == 0
+    assert begin(tmp_path, "fa_usf_sn", *arguments, "--resume") == 0
+    assert len(history(folder_of(tmp_path, "fa_usf_sn"))) == 2
 
 
 def test_step_is_a_graph_of_fixed_shapes_without_the_host(strategy, network):
@@ -223,7 +227,7 @@ def free_ports(number):
     return ports
 
 
-def start_workers(tmp_path, *command_lines, script=WORKER):
+def start_workers(tmp_path, *command_lines, environment=({}, {})):
     """Two workers with a folder each; their processes."""
     addresses = [f"localhost:{port}" for port in free_ports(2)]
     processes = []
@@ -237,7 +241,7 @@ def start_workers(tmp_path, *command_lines, script=WORKER):
             subprocess.Popen(
                 [
                     sys.executable,
-                    str(script),
+                    str(WORKER),
                     *(
                         f"{COMMON} --strategy=multi_worker {line} "
                         f"--runs_dir={tmp_path / str(index)}"
@@ -248,6 +252,7 @@ def start_workers(tmp_path, *command_lines, script=WORKER):
                     **os.environ,
                     "TF_CONFIG": json.dumps(cluster),
                     "PYTHONPATH": train,
+                    **environment[index],
                 },
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -299,6 +304,42 @@ def test_lost_worker(alone, tmp_path):
         assert status == 0, errors
         assert f"{done} of {done + 1} epochs are trained" in output
     assert len(history(rows.parent)) == done + 1
+
+
+def test_workers_are_stopped_and_go_on(alone, tmp_path):
+    """By SIGTERM to one of them, inside an epoch."""
+    arguments = [tmp_path, "--method=fa_usf_sn --resume"]
+    stopped = ended(start_workers(*arguments, environment=({}, {"STOP": "4"})))
+    for status, output, errors in stopped:
+        assert (status, errors) == (0, "")
+        assert "stopped in epoch 2, after step 4" in output
+    for status, output, errors in ended(start_workers(*arguments)):
+        assert (status, errors) == (0, "")
+        assert "1 of 2 epochs are trained, and 4 of 10 steps" in output
+    assert_close(
+        folder_of(tmp_path / "0", "fa_usf_sn"), folder_of(alone, "fa_usf_sn")
+    )
+
+
+def test_workers_with_different_flags(tmp_path, monkeypatch, capfd):
+    """As a worker sees it whose chief has another learning rate."""
+
+    class Worker(strategies.OneDevice):
+        chief = False
+
+        def tell(self, find):
+            told = find()
+            return {
+                **told,
+                "settings": {**told["settings"], "optimizer": "adam"},
+            }
+
+    monkeypatch.setitem(strategies.STRATEGIES, "none", lambda *_: Worker())
+    assert begin(tmp_path, "fa_usf_sn") == 1
+    errors = capfd.readouterr().err
+    assert len(errors.splitlines()) == 1
+    assert "different flags (here: --optimizer)" in errors
+    assert not list(tmp_path.iterdir())
 
 
 def test_refusal_of_the_chief_ends_all(tmp_path):

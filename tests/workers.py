@@ -1,9 +1,14 @@
 """A worker: runs of main.py, one after the other, on a network of the tests.
 
 python workers.py "--epochs=1 ..." "--epochs=2 ..."
+
+With STOP=n in the environment it sends itself SIGTERM at the end of the n-th
+step of the second epoch.
 """
 
 import functools
+import os
+import signal
 import sys
 from typing import Any
 
@@ -11,6 +16,7 @@ import main  # before all that imports Keras
 
 # isort: split
 import models
+import runs
 import strategies
 from keras import layers
 
@@ -34,7 +40,21 @@ NETWORKS = {
 }
 
 
+def stop_at(number: int) -> None:
+    """Sends this process SIGTERM at the end of a step of the second epoch."""
+    unpatched = runs.RunWriter.on_train_batch_end
+
+    def terminated(self: Any, batch: int, logs: Any = None) -> None:
+        if (self.progress.epoch, batch) == (1, number - 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        unpatched(self, batch, logs)
+
+    runs.RunWriter.on_train_batch_end = terminated
+
+
 if __name__ == "__main__":
+    if "STOP" in os.environ:
+        stop_at(int(os.environ["STOP"]))
     models.NETWORKS = NETWORKS
     strategies.STRATEGIES["multi_worker"] = functools.cache(
         strategies.multi_worker

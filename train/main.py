@@ -246,9 +246,9 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_string(
     "tpu",
-    "local",
-    "With --strategy=tpu: the TPU's name or grpc:// address; local: that of "
-    "the TPU VM this runs on.",
+    None,
+    "With --strategy=tpu: the TPU's name or grpc:// address; by default local, "
+    "that of the TPU VM this runs on.",
 )
 flags.DEFINE_integer(
     "virtual_devices",
@@ -273,8 +273,8 @@ flags.DEFINE_bool(
 flags.DEFINE_integer(
     "steps_per_execution",
     1,
-    "Training steps per call of the compiled function, at least 1; an epoch "
-    "is rounded down to a multiple of them.",
+    "Training steps per call of the compiled function, at least 1. An epoch "
+    "is rounded down to a multiple of them, an evaluation filled up.",
     lower_bound=1,
 )
 flags.DEFINE_integer(
@@ -388,6 +388,17 @@ def check(config: SimpleNamespace) -> None:
             f"--virtual_devices={config.virtual_devices} are replicas of one "
             "machine. Add --strategy=mirrored, or leave it out."
         )
+    if config.tpu is not None and config.strategy != "tpu":
+        raise UserError(
+            f"--tpu={config.tpu} needs --strategy=tpu. Add it, or leave it out."
+        )
+    remote = config.tpu not in (None, "local")
+    if remote and data.DATASETS[config.dataset].load is not None:
+        raise UserError(
+            f"--tpu={config.tpu}: {config.dataset} is fed from this machine's "
+            "memory, which a remote TPU cannot read. Run it on the TPU VM "
+            "itself, with --tpu=local, or choose --dataset=imagenet2012."
+        )
     cropped = network.input_shape != network.image_shape
     if config.backend == "jax":
         if config.strategy != "none":
@@ -443,10 +454,11 @@ def train(config: SimpleNamespace) -> None:
     check(config)
     folder = run_folder(config)
     try:
+        placement = STRATEGIES[config.strategy](
+            config.virtual_devices, config.tpu
+        )
+        # After that: TensorFlow's workers hear SIGTERM themselves.
         with runs.Termination() as termination, ExitStack() as stack:
-            placement = STRATEGIES[config.strategy](
-                config.virtual_devices, config.tpu
-            )
             stack.enter_context(placement.watched())
             train_in(folder, config, placement, termination, stack)
     except Stopped as stopped:
@@ -467,16 +479,28 @@ def train_in(
         nonlocal progress, make_folder
         make_folder = stack.enter_context(runs.held(folder))
         progress = runs.look(folder, vars(config), config.resume)
-        return progress.told()
+        return {"progress": progress.told(), "settings": recipe}
 
     def stop_if_asked(batch: int = 0, logs: Any = None) -> None:
         if placement.agree(termination.asked):
             raise Stopped(f"{folder}: stopped; go on with --resume.")
 
     make_folder = None
+    recipe = {
+        name: value
+        for name, value in vars(config).items()
+        if name not in NO_RECIPE
+    }
     told = placement.tell(begin)
+    others = [n for n, value in recipe.items() if told["settings"][n] != value]
+    if placement.agree(bool(others)):
+        named = ", ".join(f"--{name}" for name in others) or "other flags"
+        raise UserError(
+            f"The workers were started with different flags (here: {named}). "
+            "Start all of them with the same command."
+        )
     if not placement.chief:
-        progress = runs.Progress.of(told)
+        progress = runs.Progress.of(told["progress"])
     if progress.result is not None and progress.epoch >= config.epochs:
         print(f"{folder}: finished already, after {progress.epoch} epochs.")
         report(folder, progress.result)
@@ -492,6 +516,10 @@ def train_in(
 
     # Data.
     source = images(config)
+    recipe["training_images"] = source.training_images
+    recipe["workers"] = placement.workers
+    runs.check_data(folder, progress, recipe)
+    source.skipped.update(progress.skipped)
     steps_per_epoch = source.training_images // config.batch_size
     steps_per_epoch -= steps_per_epoch % config.steps_per_execution
     if not steps_per_epoch:
@@ -550,11 +578,6 @@ def train_in(
         f"training, {source.validation_images} validation and {tested} test "
         f"images; {done}."
     )
-    recipe = {
-        name: value
-        for name, value in vars(config).items()
-        if name not in NO_RECIPE
-    }
     if progress.lengths and progress.lengths[-1] != config.epochs:
         progress.lengths.append(config.epochs)
     if len(progress.lengths) > 1:
@@ -577,6 +600,7 @@ def train_in(
                 monitor=monitor,
                 minutes=config.checkpoint_minutes,
                 keep=config.keep_checkpoints,
+                skipped=source.skipped,
                 terminated=lambda: termination.asked,
                 agree=placement.agree,
                 writes=placement.chief,
@@ -618,6 +642,7 @@ def train_in(
         elif config.test:
             # ImageNet's test labels are not public.
             tests = {name: last[f"val_{name}"] for name in ACCURACIES}
+        skipped = placement.gather(sorted(source.skipped))
         if not placement.chief:
             return
         result = {
@@ -629,7 +654,7 @@ def train_in(
             "examples_per_second": round(progress.examples_per_second, 1),
             "steps_per_epoch": steps_per_epoch,
             "replicas": placement.replicas,
-            "skipped_images": sorted(source.skipped),
+            "skipped_images": sorted(set().union(*skipped)),
             "parameters": sum(
                 math.prod(variable.shape)
                 for variable in model.trainable_variables

@@ -3,8 +3,8 @@
 All happens inside of TensorFlow's graph, on the hosts of the accelerators. A
 training photo is a window drawn anew in every epoch, mirrored half of the
 time; the JPEG is decoded in the window only. What a batch holds depends on the
-seed, the epoch and the step alone, so that a resumed run sees what an
-uninterrupted one would have seen.
+seed, the epoch, the step and the number of processes alone, so that a resumed
+run sees what an uninterrupted one would have seen.
 
 TensorFlow Datasets has re-encoded ImageNet's few PNG and CMYK files since
 version 3.0.0: all photos of version 5 are RGB or grey JPEGs. One that is not,
@@ -158,7 +158,7 @@ class Photos:
         def of_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
             # Of the graph of this function alone; beside it the epoch is
             # shuffle's seed, which has to be a constant beside 0.
-            tf.random.set_seed(seed + 1)
+            tf.random.set_seed(seed % (2**31 - 2) + 1)
             records = self._records("train", *part, epoch)
             records = records.shuffle(
                 SHUFFLE_BUFFER, epoch, reshuffle_each_iteration=False
@@ -374,7 +374,10 @@ class Photos:
         """
         try:
             yield
-        except (tf.errors.DataLossError, tf.errors.NotFoundError) as error:
+        except tf.errors.OpError as error:
+            here = str(self._info.data_dir) in error.message
+            if not here and not isinstance(error, tf.errors.DataLossError):
+                raise
             raise UserError(
                 f"{self._info.data_dir}: a file cannot be read "
                 f"({error.message.splitlines()[0]}). Get it again, or prepare "

@@ -33,7 +33,9 @@ import threading
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,6 +101,18 @@ REMEDIES: tuple[tuple[Callable[[dict[str, Any]], bool], str], ...] = (
     ),
 )
 
+# What reading a damaged archive raises.
+DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
 # Tries to lock a folder: another process may only have looked who is at it.
 PATIENCE = 5
 
@@ -133,6 +147,9 @@ class Progress:
         result: What `result.json` holds, if the run is finished.
         lengths: The values of --epochs that the learning rate was scheduled
             for so far, one after the other.
+        skipped: The names of the images that could not be read.
+        training_images: How many there were, if there is a checkpoint.
+        workers: How many processes trained, if there is one.
         checkpoint: The newest whole one, if there is one.
         saved: How far that one is, in words.
     """
@@ -142,6 +159,9 @@ class Progress:
     random_state: list[list[int]] = dataclasses.field(default_factory=list)
     result: dict[str, Any] | None = None
     lengths: list[int] = dataclasses.field(default_factory=list)
+    skipped: list[str] = dataclasses.field(default_factory=list)
+    training_images: int | None = None
+    workers: int | None = None
     checkpoint: Path | None = None
     saved: str = ""
 
@@ -241,9 +261,7 @@ def _newest(folder: Path) -> tuple[Progress, dict[str, Any]]:
     for checkpoint in files.kept(newest):
         try:
             progress, settings = _read(checkpoint)
-        except (
-            OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile
-        ) as error:  # fmt: skip
+        except DAMAGE as error:
             wrong.append(_damage(error))
             continue
         if wrong:
@@ -270,6 +288,9 @@ def _read(checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
         Partial(**saved["partial"]),
         saved["random_state"],
         lengths=settings.get("lengths", [settings["epochs"]]),
+        skipped=saved["skipped"],
+        training_images=settings["training_images"],
+        workers=settings["workers"],
         checkpoint=checkpoint,
     )
     progress.saved = progress.place
@@ -284,6 +305,31 @@ def _say(message: str) -> None:
     print(" ".join(message.split()), file=sys.stderr)
 
 
+def check_data(
+    folder: Path, progress: Progress, settings: dict[str, Any]
+) -> None:
+    """Refuses to go on with other data than a run was started with.
+
+    Raises:
+        UserError: If it is other data.
+    """
+    images, workers = settings["training_images"], settings["workers"]
+    if progress.training_images not in (None, images):
+        raise UserError(
+            f"{folder}: this run was started on {progress.training_images} "
+            f"training images, and now there are {images}. Resume it with the "
+            "--data_dir, and the --test or --notest, that it was started with, "
+            "or choose another --runs_dir."
+        )
+    # Each worker reads a part of the photos of its own, in its own order.
+    if progress.partial.step and progress.workers not in (None, workers):
+        raise UserError(
+            f"{folder}: this run was left inside an epoch by "
+            f"{progress.workers} worker(s), and now there are {workers}. "
+            f"Resume it with {progress.workers}."
+        )
+
+
 def settings_of(folder: Path) -> dict[str, Any] | None:
     """The settings of the run in a folder, finished or not; `None` if none.
 
@@ -294,9 +340,7 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         pass
     for checkpoint in files.kept(folder / "model.keras"):
-        with contextlib.suppress(
-            OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile
-        ):
+        with contextlib.suppress(*DAMAGE):
             return _read(checkpoint)[1]
     return None
 
@@ -372,7 +416,8 @@ def is_held(folder: Path) -> bool:
 def restore(progress: Progress, model: keras.Model) -> None:
     """Puts a compiled model back to where its checkpoint was."""
     try:
-        model.optimizer.build(model.trainable_variables)
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Skipping variable loading")
             model.load_weights(progress.checkpoint)
@@ -464,6 +509,7 @@ class RunWriter(keras.callbacks.Callback):
         monitor: the `AlignmentMonitor` whose values become columns, or None.
         minutes: between two checkpoints inside an epoch; 0: there are none.
         keep: number of checkpoints that are kept, at least 1.
+        skipped: names of the images that could not be read so far.
         terminated: whether the program was asked to end.
         agree: what several workers make of a question that each answers for
             itself; all of them ask at the same steps.
@@ -486,6 +532,7 @@ class RunWriter(keras.callbacks.Callback):
         monitor: Any = None,
         minutes: float = 0.0,
         keep: int = 1,
+        skipped: Collection[str] = (),
         terminated: Callable[[], bool] = lambda: False,
         agree: Callable[[bool], bool] = bool,
         writes: bool = True,
@@ -499,6 +546,7 @@ class RunWriter(keras.callbacks.Callback):
         self.monitor = monitor
         self.minutes = minutes
         self.keep = keep
+        self.skipped = skipped
         self.terminated = terminated
         self.agree = agree
         self.writes = writes
@@ -508,8 +556,13 @@ class RunWriter(keras.callbacks.Callback):
             newest = folder / "model.keras"
             os.replace(progress.checkpoint, newest)
             progress.checkpoint = newest
+        self._begin_history()  # there may be nothing left to train
 
     def on_train_begin(self, logs=None):
+        self._begin_history()
+
+    def _begin_history(self) -> None:
+        """Writes the rows that there are, under all columns that will be."""
         # A run that is continued may measure more or less than it did before.
         measured = ["loss", *self.metrics]
         columns = dict.fromkeys(
@@ -558,6 +611,7 @@ class RunWriter(keras.callbacks.Callback):
         # While the metrics are those of training.
         if self.step > self.begun.step:
             self._note()
+            self._check(self.progress.partial.logs)
 
     def on_test_batch_end(self, batch, logs=None):
         if self.agree(self.terminated()):
@@ -617,6 +671,7 @@ class RunWriter(keras.callbacks.Callback):
             "settings": self.settings,
             "rows": self.progress.rows,
             "partial": dataclasses.asdict(self.progress.partial),
+            "skipped": sorted(self.skipped),
             "random_state": [
                 array.tolist() for array in _values(_random_state(self.model))
             ],
@@ -654,8 +709,9 @@ class RunWriter(keras.callbacks.Callback):
         raise Diverged(
             f"{self.folder}: {Diverged.SIGN} in epoch "
             f"{self.progress.epoch + 1} of {self.settings['epochs']}: no "
-            f"finite numbers any more are {holds}. Delete the folder and try "
-            f"again, with {remedy.format(**self.settings)}."
+            f"finite numbers any more are {holds}. What was saved before is "
+            "kept. Try again in another --runs_dir, or delete the folder, with "
+            f"{remedy.format(**self.settings)}."
         )
 
 

@@ -24,6 +24,8 @@ from errors import UserError
 from keras_fa.layers.feedback import all_variables
 
 PATIENCE = 10  # seconds in which a TPU has to answer
+# In what TensorFlow says where a worker is gone.
+LOST = ("ollective", "unhealthy", "heartbeat", "eer is", "onnection reset")
 
 
 class Share(NamedTuple):
@@ -96,6 +98,10 @@ class OneDevice:
             UserError: If the chief does, in every worker.
         """
         return find()
+
+    def gather(self, found: Any) -> list[Any]:
+        """What each worker, at the same point, has; it is made of JSON."""
+        return [found]
 
     def agree(self, wish: bool) -> bool:
         """Whether any of the workers, at the same point, has the wish."""
@@ -171,8 +177,9 @@ class Distributed(OneDevice):
         @tf.function(reduce_retracing=True)
         def function(iterator):
             logs = self.strategy.run(step, args=(next(iterator),))
-            for _ in tf.range(steps - 1):
-                logs = self.strategy.run(step, args=(next(iterator),))
+            if steps > 1:  # or it would be traced in vain
+                for _ in tf.range(steps - 1):
+                    logs = self.strategy.run(step, args=(next(iterator),))
             return {
                 name: self.strategy.reduce("MEAN", value, axis=None)
                 for name, value in logs.items()
@@ -192,33 +199,39 @@ class Distributed(OneDevice):
     def tell(self, find: Callable[[], Any]) -> Any:
         if self.workers == 1:
             return find()
-        said, refusal = {}, None
+        said, failure = {}, None
         if self.chief:
             try:
                 said["found"] = find()
-            except UserError as error:
-                refusal = error
-                said["refused"] = str(error)
-        text = np.frombuffer(json.dumps(said).encode(), np.uint8)
-        length = int(self._of_chief(np.array(len(text))))
-        text = text if self.chief else np.zeros(length, np.uint8)
-        said = json.loads(self._of_chief(text).astype(np.uint8).tobytes())
-        if refusal is not None:
-            raise refusal
+            except Exception as error:
+                failure = error
+                said["refused"] = str(error) or type(error).__name__
+        said = self._said(0, said)
+        if failure is not None:
+            raise failure
         if "refused" in said:
             raise UserError(f"Worker 0 refused the run: {said['refused']}")
         return said["found"]
 
+    def gather(self, found: Any) -> list[Any]:
+        if self.workers == 1:
+            return [found]
+        return [self._said(worker, found) for worker in range(self.workers)]
+
     def agree(self, wish: bool) -> bool:
         if self.workers == 1:
             return wish
-        return bool(self._added_up(np.array(wish)) > 0)
+        return bool(self._added_up(np.array([wish], np.int32)).any())
 
     def spread(self, model: keras.Model) -> None:
         if self.workers == 1:
             return
         for variable in [*all_variables(model), *model.optimizer.variables]:
-            variable.assign(self._of_chief(np.asarray(variable)))
+            value = np.asarray(variable)
+            sent = self._sent(0, np.frombuffer(value.tobytes(), np.uint8))
+            variable.assign(
+                np.frombuffer(sent, value.dtype).reshape(value.shape)
+            )
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -227,7 +240,10 @@ class Distributed(OneDevice):
         try:
             yield
         except tf.errors.OpError as error:
-            if self.workers == 1:
+            if self.workers == 1 or not (
+                isinstance(error, tf.errors.UnavailableError)
+                or any(sign in error.message for sign in LOST)
+            ):
                 raise
             raise UserError(
                 f"Worker {self.worker} of {self.workers} lost another one ("
@@ -236,43 +252,52 @@ class Distributed(OneDevice):
                 "with --resume."
             ) from error
 
-    def _of_chief(self, value: np.ndarray) -> np.ndarray:
-        """The chief's value; the others give one of its shape and type."""
-        return self._added_up(value if self.chief else np.zeros_like(value))
+    def _said(self, worker: int, what: Any) -> Any:
+        """What a worker says, in all of them; it is made of JSON."""
+        text = np.frombuffer(json.dumps(what).encode(), np.uint8)
+        length = self._sent(worker, np.array([len(text)]).view(np.uint8))
+        if worker != self.worker:
+            text = np.zeros(int(length.view(np.int64)[0]), np.uint8)
+        return json.loads(self._sent(worker, text).tobytes())
 
-    def _added_up(self, value: np.ndarray) -> np.ndarray:
-        """The sum of the workers' values, each counted once."""
+    def _sent(self, worker: int, content: np.ndarray) -> np.ndarray:
+        """A worker's bytes; the others give as many, whatever they are."""
+        content = content.astype(np.int32)  # bytes cannot be added up
+        if worker != self.worker:
+            content = np.zeros_like(content)
+        return self._added_up(content).astype(np.uint8)
+
+    def _added_up(self, values: np.ndarray) -> np.ndarray:
+        """The sum of the workers' int32 values, each counted once."""
         import tensorflow as tf
 
         if self._sum is None:
+            local = self.replicas // self.workers
 
-            def added(value):
+            def added(values):
                 context = tf.distribute.get_replica_context()
                 own = context.replica_id_in_sync_group % local == 0
-                value = tf.where(own, value, tf.zeros_like(value))
-                return context.all_reduce("SUM", value)
+                values = tf.where(own, values, tf.zeros_like(values))
+                return context.all_reduce("SUM", values)
 
-            local = self.replicas // self.workers
             self._sum = tf.function(
-                lambda value: self.strategy.run(added, args=(value,)),
+                lambda values: self.strategy.run(added, args=(values,)),
                 reduce_retracing=True,
             )
-        if value.dtype != np.float32:
-            value = value.astype(np.int64)
-        summed = self._sum(tf.constant(value))
+        summed = self._sum(tf.constant(values))
         return self.strategy.experimental_local_results(summed)[0].numpy()
 
 
 # How each is found.
 
 
-def one_device(virtual_devices: int, tpu_name: str) -> OneDevice:
+def one_device(virtual_devices: int, tpu_name: str | None) -> OneDevice:
     """The device that the backend chooses by itself."""
     del virtual_devices, tpu_name
     return OneDevice()
 
 
-def mirrored(virtual_devices: int, tpu_name: str) -> Distributed:
+def mirrored(virtual_devices: int, tpu_name: str | None) -> Distributed:
     """All GPUs of this machine, or else its CPU, each with a replica."""
     import tensorflow as tf
 
@@ -298,7 +323,7 @@ def mirrored(virtual_devices: int, tpu_name: str) -> Distributed:
     )
 
 
-def multi_worker(virtual_devices: int, tpu_name: str) -> Distributed:
+def multi_worker(virtual_devices: int, tpu_name: str | None) -> Distributed:
     """The GPUs, or else the CPUs, of all the machines in TF_CONFIG."""
     import tensorflow as tf
 
@@ -369,11 +394,12 @@ def cluster(text: str | None) -> tuple[int, list[str]]:
     return index, workers
 
 
-def tpu(virtual_devices: int, tpu_name: str) -> Distributed:
+def tpu(virtual_devices: int, tpu_name: str | None) -> Distributed:
     """All cores of a TPU or of a slice of them."""
     import tensorflow as tf
 
     del virtual_devices
+    tpu_name = tpu_name or "local"
     try:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu_name)
         _reach(resolver.master())  # TensorFlow would wait for ever
@@ -402,7 +428,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {message}"
 
 
-STRATEGIES: dict[str, Callable[[int, str], OneDevice]] = {
+STRATEGIES: dict[str, Callable[[int, str | None], OneDevice]] = {
     "none": one_device,
     "mirrored": mirrored,
     "multi_worker": multi_worker,
