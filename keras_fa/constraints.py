@@ -668,7 +668,7 @@ def kernel_norm(kernel: Any) -> Any:
     kernel = ops.convert_to_tensor(kernel)
     # In half precision the sum of squares would overflow.
     full = ops.cast(kernel, keras.backend.result_type(kernel.dtype, "float32"))
-    return ops.cast(ops.sqrt(ops.sum(ops.square(full))), kernel.dtype)
+    return ops.cast(ops.sqrt(gradients.sum_of_squares(full)), kernel.dtype)
 
 
 def _divide(a: Any, b: Any) -> Any:

@@ -17,6 +17,7 @@ what each of them does:
 - `compiled`: a function compiled for the backend;
 - `followed_by`: a training step with something done at its end;
 - `synchronize`: the weights of a model that is being trained, made readable;
+- `sum_of_squares`: of a kernel, the fastest way;
 - `recall`, `remember`, `exported`: what is kept beside a model's own variables.
 """
 
@@ -37,6 +38,7 @@ if keras.backend.backend() == "tensorflow":
     from keras_fa.gradients_tensorflow import recall
     from keras_fa.gradients_tensorflow import remember
     from keras_fa.gradients_tensorflow import send_error
+    from keras_fa.gradients_tensorflow import sum_of_squares
     from keras_fa.gradients_tensorflow import synchronize
 elif keras.backend.backend() == "jax":
     from keras_fa.gradients_jax import compiled
@@ -48,6 +50,7 @@ elif keras.backend.backend() == "jax":
     from keras_fa.gradients_jax import recall
     from keras_fa.gradients_jax import remember
     from keras_fa.gradients_jax import send_error
+    from keras_fa.gradients_jax import sum_of_squares
     from keras_fa.gradients_jax import synchronize
 else:
     raise ImportError(
@@ -70,6 +73,7 @@ __all__ = [
     "recall",
     "remember",
     "send_error",
+    "sum_of_squares",
     "synchronize",
 ]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.experimental.sparse
+import jax.numpy as jnp
 import keras
 
 
@@ -107,6 +108,11 @@ def gradients_of(
             return loss()
 
     return jax.grad(of)([variable.value for variable in variables])
+
+
+def sum_of_squares(tensor: jax.Array) -> jax.Array:
+    """The sum of the squares of all elements, a scalar."""
+    return jnp.sum(jnp.square(tensor))
 
 
 def compiled(

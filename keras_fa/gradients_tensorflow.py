@@ -170,6 +170,11 @@ def gradients_of(
     )
 
 
+def sum_of_squares(tensor: tf.Tensor) -> tf.Tensor:
+    """The sum of the squares of all elements, a scalar, in one pass."""
+    return 2 * tf.nn.l2_loss(tensor)
+
+
 def compiled(
     function: Callable,
     reads: Sequence[keras.Variable],

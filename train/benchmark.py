@@ -792,7 +792,7 @@ def report(results: dict[str, Any]) -> str:
             f"- batch {settings['batch_size']}, SGD with momentum 0.9, "
             f"{settings['rounds']} rounds of {settings['steps']} steps, "
             f"{settings['steps_per_execution']} a call\n",
-            *[input_table(results["input"])] * ("input" in results),
+            *([input_table(results["input"])] if "input" in results else []),
             *map(table, results["results"]),
         ]
     )
