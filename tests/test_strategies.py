@@ -443,6 +443,7 @@ def test_no_tpu(name, tmp_path):
         [
             sys.executable,
             main.__file__,
+            "--dataset=imagenet2012",
             "--strategy=tpu",
             f"--tpu={name}",
             f"--runs_dir={tmp_path / 'runs'}",

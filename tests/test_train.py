@@ -528,6 +528,7 @@ BAD_INPUT = [
     ("--image_size=0", "2048"),
     ("--crop_area=0", "above 0"),
     ("--dataset=imagenet2012 --model=mnist", "resnet18"),
+    ("--tpu=local", "--strategy=tpu"),
     ("--virtual_devices=2", "--strategy=mirrored"),
     ("--virtual_devices=-1 --strategy=mirrored", "at least 0"),
     ("--resume=perhaps", "resume"),
@@ -556,6 +557,7 @@ if ON_TENSORFLOW:
     BAD_INPUT += [
         ("--jit_compile --strategy=mirrored", "mirrored"),
         ("--strategy=tpu --dataset=cifar10 --model=cifar10_1", "windows"),
+        ("--strategy=tpu --tpu=node-1", "--tpu=local"),
         ("--dataset=imagenet2012 --data_dir={missing}", "tfds build"),
         ("--dataset=imagenet2012 --data_dir={here}", "tfds build"),
         ("--dataset=imagenet2012 --download", "--data_dir"),

@@ -221,7 +221,7 @@ class Distributed(OneDevice):
     def agree(self, wish: bool) -> bool:
         if self.workers == 1:
             return wish
-        return bool(self._added_up(np.array([wish], np.int32)).any())
+        return bool(self._added_up(np.array([wish], np.float32)).any())
 
     def spread(self, model: keras.Model) -> None:
         if self.workers == 1:
@@ -262,13 +262,14 @@ class Distributed(OneDevice):
 
     def _sent(self, worker: int, content: np.ndarray) -> np.ndarray:
         """A worker's bytes; the others give as many, whatever they are."""
-        content = content.astype(np.int32)  # bytes cannot be added up
+        # Every means of communication adds float32 up, and bytes exactly.
+        content = content.astype(np.float32)
         if worker != self.worker:
             content = np.zeros_like(content)
         return self._added_up(content).astype(np.uint8)
 
     def _added_up(self, values: np.ndarray) -> np.ndarray:
-        """The sum of the workers' int32 values, each counted once."""
+        """The sum of the workers' float32 values, each counted once."""
         import tensorflow as tf
 
         if self._sum is None:
