@@ -581,8 +581,8 @@ def test_subclasses_train_and_survive_saving(tmp_path: Any) -> None:
     assert loaded.hidden.slope == 2.0
     np.testing.assert_array_equal(model(x), loaded(x))
     np.testing.assert_array_equal(
-        model.hidden.kernel.constraint.signs,
-        loaded.hidden.kernel.constraint.signs,
+        model.hidden.kernel.constraint.excitatory,
+        loaded.hidden.kernel.constraint.excitatory,
     )
     signature = inspect.signature(GatedDense)
     assert list(signature.parameters) == ["units", "slope", "kwargs"]
