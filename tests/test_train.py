@@ -527,6 +527,7 @@ BAD_INPUT = [
     ("--image_size=32", "size of their own"),
     ("--image_size=0", "2048"),
     ("--crop_area=0", "above 0"),
+    ("--crop_area=0.5", "size of their own"),
     ("--dataset=imagenet2012 --model=mnist", "resnet18"),
     ("--tpu=local", "--strategy=tpu"),
     ("--virtual_devices=2", "--strategy=mirrored"),

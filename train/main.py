@@ -182,9 +182,9 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_float(
     "crop_area",
-    0.08,
+    None,
     "Least share of a photo's area that its window has in training, above 0 "
-    "and at most 1, on imagenet2012 alone.",
+    "and at most 1, on imagenet2012 alone; by default 0.08.",
 )
 flags.DEFINE_bool(
     "test",
@@ -298,7 +298,7 @@ for _name in ("dropout", "label_smoothing"):
     )
 flags.register_validator(
     "crop_area",
-    lambda value: 0 < value <= 1,
+    lambda value: value is None or 0 < value <= 1,
     "it must be a number above 0 and at most 1",
 )
 for _name in ("warmup_epochs", "weight_decay", "checkpoint_minutes"):
@@ -378,11 +378,13 @@ def check(config: SimpleNamespace) -> None:
             "fixed random feedback to scale. Leave it out, or choose "
             f"--method={'|'.join(drawing)}."
         )
-    if config.image_size is not None and not network.resizable:
-        raise UserError(
-            f"--image_size={config.image_size}: the images of "
-            f"{config.dataset} have a size of their own. Leave it out."
-        )
+    for name in ("image_size", "crop_area"):
+        value = getattr(config, name)
+        if value is not None and not network.resizable:
+            raise UserError(
+                f"--{name}={value}: the images of {config.dataset} have a size "
+                "of their own. Leave it out."
+            )
     if config.virtual_devices and config.strategy != "mirrored":
         raise UserError(
             f"--virtual_devices={config.virtual_devices} are replicas of one "
@@ -695,14 +697,14 @@ def images(config: SimpleNamespace) -> Any:
             f"--dataset={config.dataset} is read by TensorFlow Datasets. "
             "Install tensorflow and tensorflow-datasets."
         )
-    from photos import Photos
+    import photos
 
-    return Photos(
+    return photos.Photos(
         config.data_dir,
         config.image_size or dataset.image_shape[0],
         hold_out=not config.test,
         one_hot=bool(config.label_smoothing),
-        crop_area=config.crop_area,
+        crop_area=config.crop_area or photos.CROP_AREA,
     )
 
 

@@ -155,7 +155,7 @@ def resnet20(x: KerasTensor, classes: int, dropout: float = 0.0) -> KerasTensor:
 
 
 def resnet56(x: KerasTensor, classes: int, dropout: float = 0.0) -> KerasTensor:
-    """ResNet-56 of He et al. (2016) for CIFAR-10, 0.86 million parameters."""
+    """ResNet-56 of He et al. (2016) for CIFAR-10, 0.85 million parameters."""
     return _cifar_resnet(x, classes, dropout, blocks=9)
 
 

@@ -25,7 +25,7 @@ from keras_fa.layers.feedback import all_variables
 
 PATIENCE = 10  # seconds in which a TPU has to answer
 # In what TensorFlow says where a worker is gone.
-LOST = ("ollective", "unhealthy", "heartbeat", "eer is", "onnection reset")
+LOST = ("collective", "unhealthy", "heartbeat", "connection reset")
 
 
 class Share(NamedTuple):
@@ -242,7 +242,7 @@ class Distributed(OneDevice):
         except tf.errors.OpError as error:
             if self.workers == 1 or not (
                 isinstance(error, tf.errors.UnavailableError)
-                or any(sign in error.message for sign in LOST)
+                or any(sign in error.message.lower() for sign in LOST)
             ):
                 raise
             raise UserError(
