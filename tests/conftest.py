@@ -1,6 +1,7 @@
 """Fixtures of all tests: fixed seeds; on TensorFlow two logical CPUs."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,10 @@ def strategy() -> Any:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def dtype_policy() -> Iterator[None]:
+    """float32 for the next test, whatever this one, or its run, has set."""
+    yield
+    keras.config.set_dtype_policy("float32")

@@ -38,12 +38,6 @@ requires_tfds = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def _dtype_policy():
-    yield
-    keras.config.set_dtype_policy("float32")
-
-
 @pytest.fixture
 def train(tmp_path, capfd):
     """Runs the program in this process; returns status, output, errors."""
