@@ -68,9 +68,13 @@ def read(folder: Path) -> accumulator.EventAccumulator:
 
 
 def points(folder: Path, tag: str) -> list[tuple[int, Any]]:
+    """Steps and values in order of the steps.
+
+    The files are read by name: those of one second in no order of writing.
+    """
+    events = sorted(read(folder).Tensors(tag), key=lambda event: event.step)
     return [
-        (event.step, tf.make_ndarray(event.tensor_proto))
-        for event in read(folder).Tensors(tag)
+        (event.step, tf.make_ndarray(event.tensor_proto)) for event in events
     ]
 
 

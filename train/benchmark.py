@@ -800,9 +800,7 @@ def report(results: dict[str, Any]) -> str:
 
 def surroundings() -> dict[str, Any]:
     """What a reader has to know of the machine and the software."""
-    packages = ["keras", BACKEND] + (
-        ["biotorch", "torch"] if FLAGS.peer else []
-    )
+    peers = ["biotorch", "torch"] if FLAGS.peer else []
     return {
         "command": ["python", "train/benchmark.py", *sys.argv[1:]],
         "environment": {
@@ -817,9 +815,8 @@ def surroundings() -> dict[str, Any]:
             "accelerator": accelerator(),
         },
         "versions": {
-            "python": platform.python_version(),
-            "keras_fa": keras_fa.__version__,
-            **{package: metadata.version(package) for package in packages},
+            **startup.versions("keras_fa", "keras", BACKEND),
+            **{peer: metadata.version(peer) for peer in peers},
         },
         "git": _git(),
         "settings": {"backend": BACKEND, **FLAGS.flag_values_dict()},

@@ -15,9 +15,7 @@ import startup  # before anything imports Keras
 
 # isort: split
 import dataclasses
-import importlib
 import math
-import platform
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -661,14 +659,7 @@ def train_in(
                 math.prod(variable.shape)
                 for variable in model.trainable_variables
             ),
-            "versions": {
-                "python": platform.python_version(),
-                "keras_fa": keras_fa.__version__,
-                "keras": keras.__version__,
-                config.backend: importlib.import_module(
-                    config.backend
-                ).__version__,
-            },
+            "versions": startup.versions("keras_fa", "keras", config.backend),
         }
         if startup.installed("tensorflow", "tensorboard"):
             import board

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,14 @@ BACKENDS = ("tensorflow", "jax")
 def installed(*packages: str) -> bool:
     """Whether all of some packages are there, without importing them."""
     return all(importlib.util.find_spec(package) for package in packages)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of Python and of some packages."""
+    return {
+        "python": platform.python_version(),
+        **{p: importlib.import_module(p).__version__ for p in packages},
+    }
 
 
 @contextlib.contextmanager
