@@ -16,6 +16,10 @@ ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 requires_tensorflow = pytest.mark.skipif(
     not ON_TENSORFLOW, reason="about TensorFlow itself"
 )
+# What it consists of is tested part by part on every backend.
+long_on_jax = pytest.mark.skipif(
+    not ON_TENSORFLOW, reason="minutes of compiling small programs on JAX"
+)
 
 
 def array(value: Any) -> np.ndarray:

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 from backends import ON_TENSORFLOW
+from backends import long_on_jax
 from keras import applications
 from keras import layers
 
@@ -27,10 +28,6 @@ BUILDERS: dict[str, Callable] = {
     "VGG16": applications.VGG16,
 }
 KINDS = (layers.Conv2D, layers.Dense, layers.DepthwiseConv2D)
-# Their layers are tested one by one on every backend.
-long_on_jax = pytest.mark.skipif(
-    not ON_TENSORFLOW, reason="minutes of compiling small programs on JAX"
-)
 CASES = [
     ("VGG16", "dfa"),
     *(

@@ -10,8 +10,8 @@ import keras
 import models
 import numpy as np
 import pytest
-from backends import ON_TENSORFLOW
 from backends import array
+from backends import long_on_jax
 from backends import requires_tensorflow
 from errors import UserError
 
@@ -39,9 +39,6 @@ DEPTHS = {
     "resnet20": 20,
     "resnet56": 56,
 }
-long_on_jax = pytest.mark.skipif(
-    not ON_TENSORFLOW, reason="minutes of compiling small programs on JAX"
-)
 
 
 def small(name: str, **options: bool | float) -> keras.Model:

@@ -22,6 +22,7 @@ import runs
 import search
 import sweep
 from backends import array
+from backends import long_on_jax
 from errors import Busy
 from errors import UserError
 
@@ -56,6 +57,7 @@ def settings(*arguments):
 # From end to end.
 
 
+@long_on_jax
 def test_reproduction(tmp_path, capfd):
     """Two methods and two seeds, at once and in pieces: one table."""
     column = ["--column=digits", "--methods=bp,fa_usf_sn", "--seeds=2"]
