@@ -138,6 +138,21 @@ def test_table(tmp_path, made):
     assert output.startswith(written)
 
 
+@pytest.mark.usefixtures("_without_figures")
+def test_a_sample_of_imagenet_is_not_imagenet(tmp_path, made):
+    cell = {"dataset": "imagenet2012", "model": "imagenet_1"}
+    write_cell(tmp_path, [80.0], **cell, training_images=1_281_167)
+    write_cell(tmp_path, [2.0], **cell, training_images=250)
+    status, output, errors = made()
+    assert (status, errors) == (0, "")
+    whole, sample = output.split("\n## ")[1:]
+    assert whole.startswith("ImageNet 1: imagenet_1 on imagenet2012\n")
+    assert rows(whole)[2] == ["BP", "80.00 (n=1)", "3", "79.5", "-", "-"]
+    assert sample.startswith("imagenet_1 on imagenet2012_250_images\n")
+    assert rows(sample)[0] == ["method", "ours", "epochs", "ours - BP"]
+    assert rows(sample)[2:] == [["BP", "2.00 (n=1)", "3", "-"]]
+
+
 def test_columns(tmp_path, made):
     """A table for each, the paper's first; without BP there is no gap."""
     write_cell(tmp_path, [3.0, 4.0], dataset="digits", method="fa_usf_sn")

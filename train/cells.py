@@ -13,6 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from published import IMAGES
 from published import Column
 
 from keras_fa.methods import METHODS
@@ -147,9 +148,8 @@ def collect(runs_dir: Path) -> tuple[Cells, list[str]]:
         except Skipped as reason:
             skipped.append(f"{folder}: {reason}")
             continue
-        result = run.result
-        column = (result["dataset"], result["model"])
-        groups.setdefault((column, result["method"]), []).append(run)
+        column, method = column_of(run), run.result["method"]
+        groups.setdefault((column, method), []).append(run)
     cells: Cells = {}
     for (column, method), runs in sorted(
         groups.items(),
@@ -162,6 +162,17 @@ def collect(runs_dir: Path) -> tuple[Cells, list[str]]:
             runs.sort(key=lambda run: run.result["seed"])
             cells.setdefault(column, {})[method] = Cell(runs)
     return cells, skipped
+
+
+def column_of(run: Run) -> Column:
+    """Where a run belongs. A sample of a data set is one of its own.
+
+    What others have published is of the whole one.
+    """
+    dataset, images = run.result["dataset"], run.result.get("training_images")
+    if isinstance(images, int) and images < IMAGES.get(dataset, 0):
+        dataset = f"{dataset}_{images}_images"
+    return dataset, run.result["model"]
 
 
 def read(folder: Path) -> Run:

@@ -23,6 +23,9 @@ from keras_fa.methods import METHODS
 
 Column = tuple[str, str]  # data set and network
 
+# The training images of a data set of which there are samples.
+IMAGES = {"imagenet2012": 1_281_167}
+
 
 class Published(NamedTuple):
     """The figures of one source for one column.
