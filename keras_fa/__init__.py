@@ -13,6 +13,7 @@ from keras_fa import layers
 from keras_fa import methods
 from keras_fa import regularizers
 from keras_fa.conversion import convert
+from keras_fa.conversion import load_stock_weights
 from keras_fa.conversion import refresh
 from keras_fa.conversion import to_backprop
 from keras_fa.layers import FAConv1D
@@ -49,6 +50,7 @@ __all__ = [
     "convert",
     "initializers",
     "layers",
+    "load_stock_weights",
     "methods",
     "refresh",
     "regularizers",

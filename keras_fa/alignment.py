@@ -14,13 +14,14 @@ An angle with a vector of zeros (a dead layer) is NaN.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_fa import gradients
+from keras_fa import _gradients
+from keras_fa._types import Identifier
+from keras_fa._types import Tensor
 from keras_fa.layers.direct import StopError
 from keras_fa.layers.feedback import FeedbackPath
 from keras_fa.layers.feedback import all_layers
@@ -29,7 +30,7 @@ from keras_fa.layers.feedback import feedback_layers
 
 
 def alignment(
-    model: keras.Model, x: Any, y: Any, loss: Any = None
+    model: keras.Model, x: Tensor, y: Tensor, loss: Identifier = None
 ) -> dict[str, dict[str, float]]:
     """Measures the alignment of every FA layer of a model on one batch.
 
@@ -80,8 +81,8 @@ def alignment(
 
 
 def alignment_function(
-    model: keras.Model, loss: Any = None
-) -> Callable[[Any, Any], dict[str, dict[str, float]]]:
+    model: keras.Model, loss: Identifier = None
+) -> Callable[[Tensor, Tensor], dict[str, dict[str, float]]]:
     """As `alignment`, compiled once for many batches.
 
     Args:
@@ -104,31 +105,43 @@ def alignment_function(
     kernels = [path.kernel for path in paths.values()]
     direct = any(isinstance(inner, StopError) for inner in all_layers(model))
 
-    def kernel_gradients(x, y):
+    # Gradients of half precision vanish below 6e-8: they are taken of the loss
+    # times a scale, of which angles do not depend.
+    half = any(inner.compute_dtype == "float16" for inner in all_layers(model))
+
+    def kernel_gradients(x, y, scale):
         # What the forward pass assigns (statistics, random state) is dropped,
         # so that both passes start from the same state and leave none behind.
-        return gradients.gradients_of(
-            lambda: loss(y, model(x, training=True)),
-            kernels,
-            state=all_variables(model),
+        def scaled():
+            value = loss(y, model(x, training=True))
+            return ops.cast(scale, value.dtype) * value
+
+        return _gradients.gradients_of(
+            scaled, kernels, state=all_variables(model)
         )
 
-    def measure(x, y):
-        received = kernel_gradients(x, y)
-        with gradients.backpropagation():
-            exact = kernel_gradients(x, y)
+    def measure(x, y, scale):
+        received = kernel_gradients(x, y, scale)
+        with _gradients.backpropagation():
+            exact = kernel_gradients(x, y, scale)
         rows = []
         for path, got, wanted in zip(paths.values(), received, exact):
             row = {} if direct else _of_path(path)
             row["gradient_angle"] = angle(got, wanted)
             rows.append(row)
-        return rows
+        sums = [ops.sum(g) for g in (*received, *exact)]
+        return rows, ops.all(ops.isfinite(ops.stack(sums)))
 
-    measure = gradients.compiled(measure, reads=all_variables(model))
+    measure = _gradients.compiled(measure, reads=all_variables(model))
 
     def measured(x, y):
-        gradients.synchronize(model)
-        rows = measure(*keras.tree.map_structure(ops.convert_to_tensor, (x, y)))
+        _gradients.synchronize(model)
+        x, y = keras.tree.map_structure(ops.convert_to_tensor, (x, y))
+        for exponent in (15, 11, 7, 3, 0) if half else (0,):
+            scale = ops.convert_to_tensor(2.0**exponent, "float32")
+            rows, finite = measure(x, y, scale)
+            if finite:
+                break
         return {
             name: {measure: float(value) for measure, value in row.items()}
             for name, row in zip(paths, rows)
@@ -137,7 +150,9 @@ def alignment_function(
     return measured
 
 
-def _loss_function(model: keras.Model, loss: Any) -> Callable[[Any, Any], Any]:
+def _loss_function(
+    model: keras.Model, loss: Identifier
+) -> Callable[[Tensor, Tensor], Tensor]:
     if loss is None:
         loss = getattr(model, "loss", None)
     if not isinstance(loss, str) and not callable(loss):
@@ -150,16 +165,16 @@ def _loss_function(model: keras.Model, loss: Any) -> Callable[[Any, Any], Any]:
     return lambda y, output: ops.mean(loss(_of_rank(y, output), output))
 
 
-def _of_rank(y: Any, output: Any) -> Any:
+def _of_rank(y: Tensor, output: Tensor) -> Tensor:
     """Targets `(batch,)` for outputs `(batch, 1)`, as `fit` takes them."""
     if len(np.shape(y)) == 1 and tuple(np.shape(output)[1:]) == (1,):
         return ops.expand_dims(y, -1)
     return y
 
 
-def _of_path(path: FeedbackPath) -> dict[str, Any]:
+def _of_path(path: FeedbackPath) -> dict[str, Tensor]:
     kernel = ops.convert_to_tensor(path.kernel)
-    with gradients.isolated(path.variables):
+    with _gradients.isolated(path.variables.values()):
         feedback = path.effective(kernel)
     return {
         "angle": angle(feedback, kernel),
@@ -203,7 +218,7 @@ def named_paths(model: keras.layers.Layer) -> dict[str, FeedbackPath]:
     return paths
 
 
-def angle(a: Any, b: Any) -> Any:
+def angle(a: Tensor, b: Tensor) -> Tensor:
     """The angle between two tensors, taken as vectors.
 
     `2 atan2(||u - v||, ||u + v||)` with u and v the unit vectors, which is
@@ -231,7 +246,7 @@ def angle(a: Any, b: Any) -> Any:
     return 2.0 * half * (180.0 / np.pi)
 
 
-def norm_ratio(a: Any, b: Any) -> Any:
+def norm_ratio(a: Tensor, b: Tensor) -> Tensor:
     """`||a|| / ||b||`, a scalar tensor; NaN if b is zero.
 
     Args:
@@ -241,7 +256,7 @@ def norm_ratio(a: Any, b: Any) -> Any:
     return _norm(a) / _nonzero(_norm(b))
 
 
-def sign_agreement(a: Any, b: Any) -> Any:
+def sign_agreement(a: Tensor, b: Tensor) -> Tensor:
     """The share of elements of equal sign, in percent, a scalar tensor.
 
     Args:
@@ -252,20 +267,20 @@ def sign_agreement(a: Any, b: Any) -> Any:
     return 100.0 - 100.0 * ops.mean(ops.cast(unequal, "float32"))
 
 
-def _float(a: Any) -> Any:
+def _float(a: Tensor) -> Tensor:
     return ops.cast(ops.convert_to_tensor(a), "float32")
 
 
-def _norm(a: Any) -> Any:
+def _norm(a: Tensor) -> Tensor:
     return ops.sqrt(ops.sum(ops.square(_float(a))))
 
 
-def _unit(a: Any) -> Any:
+def _unit(a: Tensor) -> Tensor:
     # Scaled by the largest element first: squares of small gradients vanish.
     a = _float(a)
     a = a / _nonzero(ops.max(ops.abs(a)))
     return a / _norm(a)
 
 
-def _nonzero(value: Any) -> Any:
+def _nonzero(value: Tensor) -> Tensor:
     return ops.where(value > 0, value, np.nan)

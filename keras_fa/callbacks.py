@@ -1,38 +1,32 @@
 """Callbacks: strict normalization, and a look at alignment while training."""
 
 import math
-import weakref
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from os import PathLike
 
 import keras
 
-from keras_fa import gradients
+from keras_fa import _gradients
+from keras_fa._types import Tensor
 from keras_fa.alignment import alignment_function
 from keras_fa.alignment import named_paths
-from keras_fa.layers.feedback import FeedbackPath
-from keras_fa.layers.feedback import all_variables
+from keras_fa.constraints import SignConcordance
 from keras_fa.layers.feedback import feedback_layers
 
 
 class StrictNormalization(keras.callbacks.Callback):
-    """Gives B the norm of W: at the start of training and after every batch.
+    """Strict normalization for a training: `B = ||W|| sign(W) / ||sign(W)||`.
 
-    It rescales the stored feedback kernel of each layer so that
-    `||B_t|| = ||W_t||` for the B that carries the error. With
-    `feedback_initializer="constant"` and `SignConcordance` that is strict
-    normalization, `B_t = ||W_t|| sign(W_t) / ||sign(W_t)||`. Left as they are:
-    layers without a rule (FA), with nothing stored, and those whose rule has a
-    `fixed_magnitude` (uSF Init.).
+    From the start of `fit` to its end every sign-concordant rule of the model
+    is strict (`SignConcordance(strict=True)`): B is computed from W inside the
+    compiled step, with the norm of the W of that very step, whatever
+    `steps_per_execution` is. So a model of uSF Init. trains as uSF SN; its
+    stored magnitudes stay, and are back when `fit` ends. Models of
+    `fa_usf_sn` are strict by themselves, with this callback or without.
 
-    In `fit` the normalization is the end of the compiled training step itself:
-    it costs no call of its own, and holds within `steps_per_execution` too. A
-    `fit` that an exception ends leaves it there, until one with this callback
-    ends or the model is compiled again. In a loop of one's own call `apply`.
-
-    Raises:
-        RuntimeError: In `fit`, with Keras's NNX integration switched on, whose
-            training step cannot be extended.
+    In a loop of one's own call `apply` once, before the training step is
+    compiled. A `fit` that an exception ends leaves the rules strict.
 
     Source: Moskovitz et al. (2018), "strict normalization".
 
@@ -47,126 +41,74 @@ class StrictNormalization(keras.callbacks.Callback):
     model = keras.Sequential(
         [
             keras.Input((8,)),
-            FADense(
-                4,
-                feedback_initializer="constant",
-                feedback_constraint="sign_concordance",
-            ),
+            FADense(4, feedback_constraint="sign_concordance"),
         ]
     )
     model.compile("adam", "mse")
     x, y = np.ones((16, 8)), np.ones((16, 4))
     model.fit(x, y, callbacks=[StrictNormalization()], verbose=0)
 
-    # In a training loop of one's own, after each update:
-    normalize = StrictNormalization()
-    normalize.apply(model)
+    # For a training loop of one's own:
+    StrictNormalization().apply(model)
+    layer = model.layers[-1]
+    norms = [
+        np.linalg.norm(kernel)
+        for kernel in (layer.effective_feedback_kernel(), layer.kernel)
+    ]
+    assert np.isclose(*norms)
     ```
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._compiled = weakref.WeakKeyDictionary()
+        self._made_strict = []
 
     def apply(self, model: keras.layers.Layer) -> None:
-        """Normalizes the feedback of every FA layer in a model or layer now.
+        """Makes the sign-concordant rules of a model or layer strict, to stay.
 
         Args:
-            model: A model or layer; one that is not built yet has nothing to
-                normalize. The compiled call is kept per model: keep the
-                callback, too, when calling this in a loop.
+            model: A model or layer. What is made strict is the model as it
+                runs: a built one is saved with its stored magnitudes and has
+                to be made strict again after loading.
         """
-        gradients.synchronize(model)
-        if model not in self._compiled:
-            if not all(layer.built for layer in feedback_layers(model)):
-                return  # Keras builds some models at their first batch
-            paths = normalized_paths(model)
-            self._compiled[model] = gradients.compiled(
-                lambda: _normalize(paths),
-                reads=all_variables(model),
-                assigns=[path.feedback_kernel for path in paths],
-            )
-        self._compiled[model]()
+        _recompile(model, _make_strict(model))
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        # Kept, since on JAX `self.model` makes weights readable every time.
-        self._trained = self.model
-        self._compiled.pop(self._trained, None)  # layers may have been built
-        _normalize(normalized_paths(self._trained))
-        _NormalizingFunction.install(self._trained)
-
-    def on_train_batch_begin(
-        self, batch: int, logs: dict | None = None
-    ) -> None:
-        # Another callback may have made a new train function.
-        _NormalizingFunction.install(self._trained)
+        made_strict = _make_strict(self.model)
+        _recompile(self.model, made_strict)
+        self._made_strict += made_strict  # after an exception some are left
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        _NormalizingFunction.remove(self._trained)
+        for rule in self._made_strict:
+            rule.strict = False
+        _recompile(self.model, self._made_strict)
+        self._made_strict = []
 
 
-class _NormalizingFunction:
-    """A model's train function, every step of which ends normalized.
-
-    Attributes:
-        plain: The train function in whose place it stands.
-    """
-
-    def __init__(self, model: keras.Model) -> None:
-        self.plain = model.train_function
-        own = vars(model).get("train_step")
-        model.train_step = gradients.followed_by(
-            model, lambda: _normalize(normalized_paths(model))
-        )
-        try:
-            model.make_train_function(force=True)
-        finally:
-            del model.train_step
-            if own is not None:
-                model.train_step = own
-        self._function = model.train_function
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-    @classmethod
-    def install(cls, model: keras.Model) -> None:
-        """Puts one in the place of the plain train function."""
-        plain = model.train_function
-        if isinstance(plain, cls):
-            return
-        # Kept with the model, as Keras keeps what it has compiled.
-        made = getattr(model, "_normalizing_function", None)
-        if made is None or made.plain is not plain:
-            model._normalizing_function = made = cls(model)
-        model.train_function = made
-
-    @classmethod
-    def remove(cls, model: keras.Model) -> None:
-        """Puts the plain train function back."""
-        if isinstance(model.train_function, cls):
-            model.train_function = model.train_function.plain
-
-
-def normalized_paths(model: keras.layers.Layer) -> list[FeedbackPath]:
-    """The feedback paths of a model that strict normalization rescales.
-
-    Those of layers that are not built yet are not among them.
-    """
-    return [
-        path
-        for layer in feedback_layers(model)
-        if layer.built
-        for path in layer.feedback_paths
-        if path.rule is not None
-        and path.rule.stores_feedback_kernel
-        and not path.rule.fixed_magnitude
+def _make_strict(model: keras.layers.Layer) -> list[SignConcordance]:
+    """Makes rules strict; returns those of built layers that were not."""
+    loose = []
+    for layer in feedback_layers(model):
+        if layer.built:
+            loose += [path.rule for path in layer.feedback_paths]
+        elif isinstance(layer.feedback_constraint, SignConcordance):
+            # Keras builds some models at their first batch. Such a layer is
+            # strict for good: there are no magnitudes to come back to.
+            layer.feedback_constraint.strict = True
+    loose = [
+        rule
+        for rule in loose
+        if isinstance(rule, SignConcordance) and not rule.strict
     ]
+    for rule in loose:
+        rule.strict = True
+    return loose
 
 
-def _normalize(paths: list[FeedbackPath]) -> None:
-    for path in paths:
-        path.feedback_kernel.assign(path.matched_feedback_kernel())
+def _recompile(model: keras.layers.Layer, changed: list) -> None:
+    """A training step that was traced with other rules is made anew."""
+    if changed and getattr(model, "train_function", None) is not None:
+        model.make_train_function(force=True)
 
 
 # How TensorBoard's page tells to read its charts: the measures of each part,
@@ -234,10 +176,10 @@ class AlignmentMonitor(keras.callbacks.Callback):
 
     def __init__(
         self,
-        probe: tuple[Any, Any],
-        log_dir: Any = None,
+        probe: tuple[Tensor, Tensor],
+        log_dir: str | PathLike | None = None,
         every: int = 1,
-        loss: Any = None,
+        loss: str | Callable | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(every, int) or every < 1:
@@ -298,8 +240,9 @@ class AlignmentMonitor(keras.callbacks.Callback):
             for name, path in named_paths(self.model).items():
                 kernel = keras.ops.convert_to_tensor(path.kernel)
                 tf.summary.histogram(f"kernel/{name}", kernel)
-                if path.feedback_kernel is not None:
-                    feedback = path.effective(kernel)
+                if not path.tied:
+                    with _gradients.isolated(path.variables.values()):
+                        feedback = path.effective(kernel)
                     tf.summary.histogram(f"feedback/{name}", feedback)
         self._writer.flush()
 

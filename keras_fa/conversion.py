@@ -17,17 +17,16 @@ dense_fa        as fa, with a SEND after each kernel layer, to all that are
 STOP and SEND are identities in the forward pass: outputs do not change.
 """
 
-import contextlib
 import copy
+import dataclasses
+import inspect
 import logging
 import math
 import os
 import warnings
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Iterator
 from collections.abc import Mapping
-from typing import Any
 
 import keras
 import numpy as np
@@ -36,18 +35,24 @@ from keras import ops
 from keras_fa import constraints
 from keras_fa import layers as fa_layers
 from keras_fa import methods
+from keras_fa._cloning import Clones
+from keras_fa._cloning import again
+from keras_fa._cloning import config_of
+from keras_fa._cloning import copy_weights
+from keras_fa._cloning import is_graph
+from keras_fa._cloning import leaves
+from keras_fa._cloning import reason
+from keras_fa._cloning import rebuild
+from keras_fa._wiring import TO_PROBABILITIES
+from keras_fa._wiring import Graph
+from keras_fa._wiring import activates
 from keras_fa.layers.direct import SendError
 from keras_fa.layers.direct import StopError
 from keras_fa.layers.direct import check_feedback_maps
 from keras_fa.layers.direct import drawn_apart
 from keras_fa.layers.direct import map_between
 from keras_fa.layers.feedback import FeedbackLayer
-from keras_fa.layers.feedback import all_layers
 from keras_fa.layers.feedback import feedback_layers
-from keras_fa.wiring import TO_PROBABILITIES
-from keras_fa.wiring import Graph
-from keras_fa.wiring import Node
-from keras_fa.wiring import Send
 
 _STOCK = {
     cls: next(
@@ -56,26 +61,33 @@ _STOCK = {
     for cls in map(vars(fa_layers).get, fa_layers.__all__)
 }
 _COUNTERPART = {stock: cls for cls, stock in _STOCK.items()}
-_BY_NAME = {
-    **{stock.__name__: stock for stock in _COUNTERPART},
-    **{cls.__name__: stock for cls, stock in _STOCK.items()},
+# What names a kind of layers, by the stock class that it stands for.
+_CLASSES = {
+    key: stock
+    for cls, stock in _STOCK.items()
+    for key in (cls, stock, cls.__name__, stock.__name__)
 }
+_OURS = (FeedbackLayer, SendError, StopError)
 _MAP_LAW = "glorot_uniform"
+
+Layers = Mapping[str | type, str | methods.Method] | None
 
 
 def convert(
     model: keras.Model,
     method: str | methods.Method,
-    layers: Mapping[str | type, str | methods.Method] | None = None,
+    layers: Layers = None,
     skip: Iterable[str] = (),
     feedback_maps: str = "dense",
 ) -> keras.Model:
     """The same model under another way to train it.
 
     Every layer with a kernel becomes its FA counterpart, with the same name,
-    the same forward weights and a feedback path as the method says; nested
-    models and shared layers too. Outputs are equal to the last bit, and weight
-    files of the stock model load.
+    the same forward weights, vocabulary and `trainable` flag and a feedback
+    path as the method says; nested models and shared layers too. Outputs are
+    equal to the last bit, and weight files of the stock model load. Functions
+    and objects that a layer was given, such as a lambda as its activation, are
+    carried over as they are.
 
     Args:
         model: A built Functional or Sequential model: stock, or converted
@@ -96,28 +108,29 @@ def convert(
             each place of a 4x4 grid, resized to the receiver. The law is the
             method's `map_initializer`.
 
-    Train it with the callbacks of the method, `METHODS[...].callbacks()`, and
-    of the methods in `layers`: without StrictNormalization uSF SN is normalized
-    once, here, and never again.
-
     A model with FA layers, converted or written by hand, is taken back to
     stock first: the feedback arguments and the constraints of this package
-    that its FA layers had give way to those of the method.
+    that its FA layers had give way to those of the method. Feedback kernels
+    that both store in one shape, and maps of equal names and shapes, go on
+    with their values, unless the method draws them by another law than they
+    had been drawn by. To draw them anew, convert `to_backprop(model)`.
 
     Returns:
         A new model, Sequential if `model` is (Functional under DFA and
-        DenseFA), compiled if `model` is. If what it was compiled with cannot
-        be copied (a loss that is a function of one's own), it is left
-        uncompiled, with a warning.
+        DenseFA), compiled if `model` is. A subclass of `keras.Model` with a
+        constructor of its own becomes plain Functional. If what it was
+        compiled with cannot be copied (a loss that is a function of one's
+        own), it is left uncompiled, with a warning.
 
     Raises:
         ValueError: If the model is neither Functional nor Sequential, is not
             built, has a layer with a kernel but without a counterpart that
-            `skip` does not name, or if a name is unknown, or if a method
-            without direct errors is given `feedback_maps`; under DFA and
-            DenseFA also for nested models, several outputs, `layers`, maps
-            that the machine's memory cannot hold (before they are made), and
-            convolutional maps for kernel layers that are channels_first.
+            `skip` does not name, or one that Keras cannot make again, or if a
+            name is unknown, or if a method without direct errors is given
+            `feedback_maps`; under DFA and DenseFA also for nested models,
+            several outputs, `layers`, maps that the machine's memory cannot
+            hold (before they are made), and convolutional maps for kernel
+            layers that are channels_first.
 
     Source: Moskovitz et al. (2018) for the methods.
 
@@ -145,7 +158,7 @@ def convert(
     direct = convert(stock, "dfa", feedback_maps="convolutional")
     ```
     """
-    method = methods.get(method)
+    method = _own(methods.get(method))
     check_feedback_maps(feedback_maps)
     if method.wiring == "chain" and feedback_maps != "dense":
         raise ValueError(
@@ -154,28 +167,23 @@ def convert(
             "errors go from layer to layer. Leave `feedback_maps` out."
         )
     _check_model(model)
-    if any(isinstance(inner, _OURS) for inner in all_layers(model)):
-        model = to_backprop(model)
-    skip = {skip} if isinstance(skip, str) else set(skip)
-    others = _other_methods(model, layers)
-    _check_layers(model, skip)
-    if method.wiring != "chain":
-        return _convert_direct(model, method, others, skip, feedback_maps)
-    for key, other in others.items():
-        if other.wiring != "chain":
-            raise ValueError(
-                f"'{other.name}' wires the errors of a whole model and cannot "
-                f"be the method of one layer. Received: layers[{key!r}]="
-                f"'{other.name}'. Use convert(model, '{other.name}')."
-            )
-    clones = {}
+    stock, stocks = model, {}
+    if any(isinstance(layer, _OURS) for layer in leaves(model)):
+        stock, stocks = _to_stock(model)
+    others = _other_methods(stock, layers, method)
+    _check_layers(stock, {skip} if isinstance(skip, str) else set(skip))
+    if method.wiring == "chain":
 
-    def make(layer):
-        rule = others.get(layer.name, others.get(type(layer), method))
-        return _counterpart(layer, rule, skip)
+        def make(layer: keras.Operation) -> keras.Operation:
+            default = others.get(type(layer), method)
+            return _counterpart(layer, others.get(layer.name, default))
 
-    converted = _clone(model, make, clones)
-    _copy_weights(clones)
+        converted, clones = rebuild(stock, make)
+    else:
+        converted, clones = _wire(stock, method, feedback_maps)
+    _name_peers(clones)
+    _carry_feedback(stocks, clones)
+    _carry_maps(model, converted)
     refresh(converted)
     _compile_as(model, converted)
     return converted
@@ -196,8 +204,8 @@ def to_backprop(model: keras.Model) -> keras.Model:
         A new model, with outputs equal to the last bit.
 
     Raises:
-        ValueError: If the model is neither Functional nor Sequential, or is
-            not built.
+        ValueError: If the model is neither Functional nor Sequential, is not
+            built, or has a layer that Keras cannot make again.
 
     Example:
 
@@ -211,17 +219,7 @@ def to_backprop(model: keras.Model) -> keras.Model:
     ```
     """
     _check_model(model)
-    clones = {}
-
-    def call(layer, *args, **kwargs):
-        if isinstance(layer, StopError):
-            return args[0]
-        if isinstance(layer, SendError):
-            return args[0][0]
-        return layer(*args, **kwargs)
-
-    plain = _clone(model, _stock, clones, call)
-    _copy_weights(clones)
+    plain, _ = _to_stock(model)
     _compile_as(model, plain)
     return plain
 
@@ -229,10 +227,10 @@ def to_backprop(model: keras.Model) -> keras.Model:
 def refresh(model: keras.Model) -> None:
     """Takes what FA layers remember of their kernels anew from these.
 
-    The fixed signs of E/I, the norms of Const. and matched magnitudes. Call it
-    after a bare `set_weights` or `assign` with weights from elsewhere; loading
-    a stock weights file does it by itself, and a file of an FA model brings
-    what it remembers.
+    The fixed signs of E/I and the norms of Const. Call it after a bare
+    `set_weights` or `assign` with weights from elsewhere; loading a stock
+    weights file does it by itself, and a file of an FA model brings what it
+    remembers.
 
     Args:
         model: A model or layer with FA layers.
@@ -255,64 +253,191 @@ def refresh(model: keras.Model) -> None:
         layer.refresh()
 
 
-def _convert_direct(
-    model: keras.Model,
-    method: methods.Method,
-    others: dict,
-    skip: set[str],
-    feedback_maps: str,
-) -> keras.Model:
-    """DFA and DenseFA."""
-    if others:
+def load_stock_weights(model: keras.Model, filepath: str | os.PathLike) -> None:
+    """Loads a file of the stock model's weights into a model with FA layers.
+
+    The model may be converted or written by hand. The file is loaded into its
+    stock twin, `to_backprop(model)`, so that whatever Keras can load can be
+    loaded here, and the weights are copied from there; then `refresh(model)`.
+    Stored feedback kernels and maps stay as they are. For a layer of a class
+    derived from an FA class, the file holds the stock layer of the latter.
+
+    Args:
+        model: A built Functional or Sequential model.
+        filepath: A `.weights.h5` or `.keras` file, or an `.h5` file of the old
+            layout, as `keras.applications` ships them.
+
+    Raises:
+        ValueError: As `to_backprop`, and as Keras's `load_weights` where the
+            file is that of another model.
+
+    Example:
+
+    ```python
+    import keras
+    from keras_fa import convert, load_stock_weights
+
+    stock = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    stock.save_weights("stock.weights.h5")
+    model = convert(stock, "fa_usf_const_ei")
+    load_stock_weights(model, "stock.weights.h5")
+    ```
+    """
+    _check_model(model)
+    twin, stocks = _to_stock(model, subclasses=True)
+    twin.load_weights(filepath)
+    for layer, stock in stocks.items():
+        copy_weights(stock, layer)
+    refresh(model)
+
+
+def _to_stock(
+    model: keras.Model, subclasses: bool = False
+) -> tuple[keras.Model, Clones]:
+    """The plain model, not compiled, and its layers by the given ones.
+
+    Args:
+        model: The model.
+        subclasses: Whether the stock layer of a subclass of an FA class is to
+            be that of the FA class; else such a layer is refused.
+    """
+
+    def make(layer: keras.Operation) -> keras.Operation:
+        if isinstance(layer, (StopError, SendError)):
+            return layer  # which is not called
+        known = type(layer).__mro__ if subclasses else [type(layer)]
+        stock = next((_STOCK[cls] for cls in known if cls in _STOCK), None)
+        if isinstance(layer, FeedbackLayer) and stock is None:
+            raise ValueError(
+                f"Layer '{layer.name}' is of the class {type(layer).__name__}, "
+                "which is not one of keras_fa's own: its stock counterpart is "
+                "not known. Replace it by hand."
+            )
+        config = {
+            name: _without_ours(value) if _is_ours(value) else value
+            for name, value in config_of(layer).items()
+            if stock is None or name in _arguments(stock)
+        }
+        return again(layer, stock, config)
+
+    def call(layer: keras.Operation, *args: object, **kwargs: object) -> object:
+        if isinstance(layer, StopError):
+            return args[0]
+        if isinstance(layer, SendError):
+            return args[0][0]
+        return layer(*args, **kwargs)
+
+    plain, stocks = rebuild(model, make, call)
+    if left := feedback_layers(plain):
         raise ValueError(
-            f"'{method.name}' wires the errors of the whole model. Received: "
-            f"layers={others}. Leave `layers` out."
+            f"FA layer '{left[0].name}' ({type(left[0]).__name__}) is inside a "
+            "layer that is no Functional or Sequential model. Replace it by "
+            "hand."
         )
-    nested = [layer.name for layer in model.layers if _is_graph(layer)]
-    if nested:
+    return plain, stocks
+
+
+def _arguments(stock: type) -> set[str]:
+    """What a stock layer's constructor takes."""
+    return {"name", "trainable", "dtype", *inspect.signature(stock).parameters}
+
+
+def _counterpart(
+    layer: keras.Operation, method: methods.Method
+) -> keras.Operation:
+    """The FA layer that a stock layer becomes; others as they are."""
+    cls = _COUNTERPART.get(type(layer))
+    if cls is None:
+        return again(layer)
+    config = config_of(layer)
+    for name in cls.kernel_constraint_arguments:
+        config[name] = _composed(
+            constraints.get_kernel_constraint(config[name]),
+            method.kernel_constraint,
+        )
+    return cls(
+        **config,
+        feedback_initializer=method.feedback_initializer,
+        feedback_regularizer=method.feedback_regularizer,
+        feedback_constraint=method.feedback_constraint,
+    )
+
+
+def _composed(first: Callable | None, second: Callable | None) -> object:
+    """Both constraints; what the first one has already is not added again."""
+    parts = constraints.parts_of(first)
+    kinds = {type(part) for part in parts if _is_ours(part)}
+    parts += [p for p in constraints.parts_of(second) if type(p) not in kinds]
+    if len(parts) > 1:
+        return constraints.Chain(parts)
+    return parts[0] if parts else None
+
+
+def _without_ours(constraint: Callable) -> Callable | None:
+    """What is left of a kernel constraint without those of this package."""
+    left = [p for p in constraints.parts_of(constraint) if not _is_ours(p)]
+    if len(left) > 1:
         raise ValueError(
-            f"'{method.name}' does not support nested models yet. Received: "
-            f"nested models {', '.join(nested)} in '{model.name}'. Build the "
-            "model from their layers directly, or use another method."
+            "A stock layer takes one kernel constraint. Received: "
+            f"{', '.join(type(part).__name__ for part in left)}. Write one "
+            "constraint that does the work of them all."
         )
-    given = model
+    return left[0] if left else None
+
+
+def _is_ours(constraint: object) -> bool:
+    return isinstance(constraint, constraints.KernelConstraint)
+
+
+def _wire(
+    model: keras.Model, method: methods.Method, feedback_maps: str
+) -> tuple[keras.Model, Clones]:
+    """The model under DFA or DenseFA."""
+    _check_wirable(model, method, feedback_maps)
     if isinstance(model, keras.Sequential):
-        model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
-    kernels = {
-        layer.name for layer in model.layers if type(layer) in _COUNTERPART
-    }
-    if feedback_maps == "convolutional":
-        _check_channels_last(model, kernels)
-    graph = Graph(model, kernels)
+        model = keras.Model(
+            model.inputs[0],
+            model.outputs[0],
+            name=model.name,
+            trainable=model.trainable,
+        )
+    graph = Graph(model, lambda operation: type(operation) in _COUNTERPART)
     direct = method.wiring == "direct"
-    sends = {
-        send.source: send
-        for send in (graph.direct() if direct else graph.dense())
-    }
+    sends = graph.direct() if direct else graph.dense()
     stops = {graph.tap(node) for node in graph.hidden()} if direct else set()
+    pairs = [
+        (source.shape, graph.tap(receiver).shape)
+        for source, receivers in sends.items()
+        for receiver in receivers
+    ]
+    what = f"fixed random {feedback_maps} maps for model '{model.name}'"
+    _say_bytes(f"{method.title}: {len(pairs)} {what}", pairs, feedback_maps)
+    laws = {
+        source: drawn_apart(method.map_initializer, index)
+        for index, source in enumerate(sends)
+    }
     # DFA's e is that of the logits, DenseFA's that of the pre-activations.
     split = {
-        name
-        for name, _ in sends
-        if name in kernels
-        and not _activates(model.get_layer(name), ("linear",))
-        and (not direct or _activates(model.get_layer(name), TO_PROBABILITIES))
+        source.operation
+        for source in sends
+        if type(source.operation) in _COUNTERPART
+        and not activates(source.operation, ("linear",))
+        and (not direct or activates(source.operation, TO_PROBABILITIES))
     }
-    _say_bytes(method, model, graph, sends, feedback_maps)
-    law = _own(keras.initializers.get(method.map_initializer or _MAP_LAW))
-    laws = {source: drawn_apart(law, i) for i, source in enumerate(sends)}
-    clones, taps, activations = {}, {}, {}
     taken = {operation.name for operation in model.operations}
 
-    def free(name):
+    def free(name: str) -> str:
         while name in taken:
             name += "_"
+        taken.add(name)
         return name
 
-    def make(layer):
-        clone = _counterpart(layer, method, skip)
-        if layer.name in split:
-            activations[layer.name] = keras.layers.Activation(
+    activations = {}
+
+    def make(layer: keras.Operation) -> keras.Operation:
+        clone = _counterpart(layer, method)
+        if layer in split:
+            activations[clone] = keras.layers.Activation(
                 clone.activation,
                 activity_regularizer=clone.activity_regularizer,
                 dtype=layer.dtype_policy,
@@ -322,89 +447,69 @@ def _convert_direct(
             clone.activity_regularizer = None
         return clone
 
-    def call(node, layer, *args, **kwargs):
+    nodes, taps = iter(graph.nodes), {}
+
+    def call(layer: keras.Operation, *args: object, **kwargs: object) -> object:
+        node = next(nodes)
         outputs = layer(*args, **kwargs)
         if node in sends:
-            send = sends[node]
-            outputs = SendError(
-                [_label(receiver) for receiver in send.receivers],
+            send = SendError(
+                [receiver.label for receiver in sends[node]],
                 laws[node],
                 feedback_maps,
-                name=free(f"{_label(node)}_send_error"),
-            )([outputs, *(taps[tap] for tap in send.taps)])
-        if layer.name in activations:
-            outputs = activations[layer.name](outputs)
+                name=free(f"{node.label}_send_error"),
+            )
+            ends = [taps[graph.tap(receiver)] for receiver in sends[node]]
+            outputs = send([outputs, *ends])
+        if layer in activations:
+            outputs = activations[layer](outputs)
         taps[node] = outputs
         if node in stops:
-            outputs = StopError(name=free(f"{_label(node)}_stop_error"))(
-                outputs
-            )
+            outputs = StopError(name=free(f"{node.label}_stop_error"))(outputs)
         return outputs
 
-    converted = _clone(model, make, clones, _by_node(graph, call), graph)
-    _copy_weights(clones)
-    refresh(converted)
-    _compile_as(given, converted)
-    return converted
+    return rebuild(model, make, call)
 
 
 def _say_bytes(
-    method: methods.Method,
-    model: keras.Model,
-    graph: Graph,
-    sends: dict[Node, Send],
-    feedback_maps: str,
+    what: str, pairs: list[tuple[tuple, tuple]], feedback_maps: str
 ) -> None:
     """Logs the size of the maps that are about to be made.
+
+    Args:
+        what: The maps, in words.
+        pairs: The shapes of source and receiver of each map.
+        feedback_maps: As the argument of `SendError`.
 
     Raises:
         ValueError: If the machine's main memory cannot hold them while they
             are drawn.
     """
-    shapes = {}
-
-    def record(node, layer, *args, **kwargs):
-        outputs = layer(*args, **kwargs)
-        shapes[node] = getattr(outputs, "shape", None)
-        return outputs
-
-    _clone(model, _again, {}, _by_node(graph, record), graph)
-    pairs = [
-        (shapes[send.source], shapes[tap])
-        for send in sends.values()
-        for tap in send.taps
-    ]
     weight = np.dtype(keras.config.dtype_policy().variable_dtype).itemsize
 
-    def sizes(kind):
+    def sizes(kind: str) -> list[int]:
         return [
             weight * math.prod(map_between(*pair, kind).kernel_shape)
             for pair in pairs
         ]
 
-    def size(kind):
-        return sum(sizes(kind))
-
-    needs = (
-        f"{method.title}: {len(pairs)} fixed random {feedback_maps} maps for "
-        f"model '{model.name}' need {_in_words(size(feedback_maps))}"
-    )
+    needed = sizes(feedback_maps)
+    words = f"{what} need {_in_words(sum(needed))}"
     memory = _machine_memory()
     # While the largest is drawn, it is there twice.
-    peak = size(feedback_maps) + max(sizes(feedback_maps), default=0)
-    if memory is not None and peak > memory:
+    if memory is not None and sum(needed) + max(needed, default=0) > memory:
         fitting = ""
         if feedback_maps == "dense":
             fitting = (
                 "feedback_maps='convolutional', which needs "
-                f"{_in_words(size('convolutional'))}, "
+                f"{_in_words(sum(sizes('convolutional')))}, "
             )
         raise ValueError(
-            f"{needs}, and this machine has {memory / 2**20:,.0f} MiB. Use "
+            f"{words}, and this machine has {memory / 2**20:,.0f} MiB. Use "
             f"{fitting}a smaller model, or a method without such maps, for "
             "example 'fa_usf_sn'."
         )
-    logging.getLogger("keras_fa").warning("%s.", needs)
+    logging.getLogger("keras_fa").warning("%s.", words)
 
 
 def _in_words(size: int) -> str:
@@ -422,86 +527,91 @@ def _machine_memory() -> int | None:
         return None
 
 
-def _by_node(graph: Graph, call: Callable) -> Callable:
-    """A call function for `_clone` that also gets the node it calls.
+def _name_peers(clones: Clones) -> None:
+    """Tells FA layers what a weights file of the stock model looks like."""
+    models = {layer for layer in clones if is_graph(layer)}
+    for model in models:
+        for layer in model.layers:
+            new = clones.get(layer)
+            if isinstance(new, FeedbackLayer):
+                new.stock_peers = tuple(
+                    other.name
+                    for other in model.layers
+                    if type(other) is type(layer)
+                )
 
-    A layer's call is told by the nodes that its tensors come from.
+
+def _carry_feedback(stocks: Clones, clones: Clones) -> None:
+    """Stored feedback kernels of a model go on in the one made of it.
+
+    Args:
+        stocks: The stock layers by the layers of the given model.
+        clones: The new layers by these stock layers.
     """
-    open_calls = copy.deepcopy(graph.parents)
-    produced = {}
-
-    def produce(node, outputs):
-        for tensor in keras.tree.flatten(outputs):
-            produced[id(tensor)] = (node, tensor)  # kept: ids are reused
-
-    def call_function(layer, *args, **kwargs):
-        tensors = [
-            value
-            for value in keras.tree.flatten((args, kwargs))
-            if isinstance(value, keras.KerasTensor)
-        ]
-        parents = [produced[id(tensor)][0] for tensor in tensors]
-        node = next(
-            node
-            for node, wanted in open_calls.items()
-            if node[0] == layer.name and wanted == parents
-        )
-        del open_calls[node]
-        outputs = call(node, layer, *args, **kwargs)
-        produce(node, outputs)
-        return outputs
-
-    call_function.produce = produce
-    return call_function
+    for old, stock in stocks.items():
+        new = clones.get(stock)
+        if (
+            isinstance(old, FeedbackLayer)
+            and isinstance(new, FeedbackLayer)
+            and _same_law(old.feedback_initializer, new.feedback_initializer)
+        ):
+            for before, after in zip(old.feedback_paths, new.feedback_paths):
+                _carry(before.feedback_kernel, after.feedback_kernel)
 
 
-def _clone(
-    model: keras.Model,
-    make: Callable,
-    clones: dict,
-    call: Callable | None = None,
-    graph: Graph | None = None,
-) -> keras.Model:
-    """A copy of a model made of other layers; `clones` tells which of which."""
-
-    def clone(layer):
-        new = make(layer)
-        clones[layer] = new
-        return new
-
-    if isinstance(model, keras.Sequential):
-        with _uncompiled(model):
-            return keras.models.clone_model(
-                model, clone_function=clone, recursive=True
-            )
-    inputs = None
-    if graph is not None:
-        inputs = keras.tree.map_structure(
-            lambda x: keras.Input(
-                batch_shape=x.shape, dtype=x.dtype, name=x.name
-            ),
-            model.input,
-        )
-        for node, tensor in zip(graph.inputs, keras.tree.flatten(inputs)):
-            call.produce(node, tensor)
-    with _uncompiled(model):
-        return keras.models.clone_model(
-            model,
-            input_tensors=inputs,
-            clone_function=clone,
-            call_function=call,
-            recursive=True,
-        )
+def _carry_maps(model: keras.Model, converted: keras.Model) -> None:
+    """Maps of a model go on in the one made of it, by their names."""
+    given = {layer.name: layer for layer in model.layers}
+    for send in converted.layers:
+        old = given.get(send.name)
+        if (
+            isinstance(send, SendError)
+            and isinstance(old, SendError)
+            and _same_law(old.feedback_initializer, send.feedback_initializer)
+        ):
+            maps = dict(zip(old.receivers, old.maps))
+            for receiver, matrix in zip(send.receivers, send.maps):
+                _carry(maps.get(receiver), matrix)
 
 
-@contextlib.contextmanager
-def _uncompiled(model: keras.Model) -> Iterator[None]:
-    """Keeps `clone_model` from compiling: losses may not be serialisable."""
-    compiled, model.compiled = model.compiled, False
-    try:
-        yield
-    finally:
-        model.compiled = compiled
+def _carry(old: keras.Variable | None, new: keras.Variable | None) -> None:
+    stored = old is not None and new is not None
+    if stored and old.shape == new.shape:
+        new.assign(ops.copy(old))
+
+
+def _same_law(old: object, new: object) -> bool:
+    """Whether two initializers differ in nothing but the seed.
+
+    A feedback kernel drawn by no initializer in particular goes on, too.
+    """
+
+    def law(initializer: object) -> object:
+        if isinstance(initializer, keras.initializers.Initializer):
+            return {**initializer.get_config(), "seed": None}
+        return initializer
+
+    return new is None or (type(old) is type(new) and law(old) == law(new))
+
+
+def _own(method: methods.Method) -> methods.Method:
+    """A method with objects of its own: what has no seed draws anew.
+
+    Keras gives an initializer without a seed one of its own, which it would
+    keep from one conversion to the next.
+    """
+
+    def own(law: object) -> object:
+        drawn = isinstance(getattr(law, "seed", None), int)
+        return law.clone() if drawn else law
+
+    maps = keras.initializers.get(method.map_initializer or _MAP_LAW)
+    return dataclasses.replace(
+        method,
+        feedback_initializer=own(method.feedback_initializer),
+        feedback_constraint=copy.copy(method.feedback_constraint),
+        map_initializer=own(maps),
+    )
 
 
 def _compile_as(model: keras.Model, other: keras.Model) -> None:
@@ -510,122 +620,15 @@ def _compile_as(model: keras.Model, other: keras.Model) -> None:
     try:
         other.compile_from_config(model.get_compile_config())
     except (TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         warnings.warn(
             f"What model '{model.name}' was compiled with could not be copied "
-            f"({reason}). Compile the new model.",
+            f"({reason(error)}) Compile the new model.",
             stacklevel=3,
         )
 
 
-def _copy_weights(clones: dict) -> None:
-    for source, clone in clones.items():
-        if not isinstance(source, keras.layers.Layer) or not clone.built:
-            continue
-        # A layer's own weights come before those of its feedback paths. Copies:
-        # training on JAX gives the memory of a model's weights away.
-        for ours, theirs in zip(clone.weights, source.weights):
-            ours.assign(ops.copy(theirs))
-        # Some layers derive more from what they load (Normalization).
-        store = {}
-        source.save_own_variables(store)
-        if store:
-            clone.load_own_variables(
-                {name: np.array(value) for name, value in store.items()}
-            )
-
-
-def _counterpart(
-    layer: Any, method: methods.Method, skip: set[str]
-) -> keras.layers.Layer:
-    """The FA layer that a stock layer becomes under a method."""
-    cls = _COUNTERPART.get(type(layer))
-    if cls is None or layer.name in skip:
-        return _again(layer)
-    config = layer.get_config()
-    for name in cls.kernel_constraint_arguments:
-        config[name] = constraints.compose(
-            constraints.get_kernel_constraint(config[name]),
-            method.kernel_constraint,
-        )
-    return cls(
-        **config,
-        feedback_initializer=_own(method.feedback_initializer),
-        feedback_regularizer=copy.copy(method.feedback_regularizer),
-        feedback_constraint=copy.copy(method.feedback_constraint),
-    )
-
-
-def _own(initializer: Any) -> Any:
-    """A method's initializer for one layer: without a seed it draws anew.
-
-    Keras gives an initializer without a seed one of its own, which a copy
-    would repeat; one that was given a seed is to keep it.
-    """
-    if isinstance(getattr(initializer, "seed", None), int):
-        return initializer.clone()
-    return copy.copy(initializer)
-
-
-def _stock(layer: Any) -> Any:
-    """The stock layer that an FA layer is made of; others as they are."""
-    stock = _STOCK.get(type(layer), type(layer))
-    if isinstance(layer, FeedbackLayer) and stock is type(layer):
-        raise ValueError(
-            f"Layer '{layer.name}' is of the class {type(layer).__name__}, "
-            "which is not one of keras_fa's own: its stock counterpart is not "
-            "known. Replace it by hand."
-        )
-    config = layer.get_config()
-    for name in list(config):
-        if name.startswith("feedback_") and stock is not type(layer):
-            del config[name]
-        elif name.endswith("_constraint") and _is_ours(layer, name):
-            left = constraints.without_ours(getattr(layer, name))
-            config[name] = keras.constraints.serialize(left) if left else None
-    return stock.from_config(config)
-
-
-def _is_ours(layer: Any, name: str) -> bool:
-    """Whether a constraint of a layer is one of this package."""
-    return isinstance(getattr(layer, name, None), constraints.KernelConstraint)
-
-
-def _again(layer: Any) -> Any:
-    return type(layer).from_config(layer.get_config())
-
-
-def _leaves(model: keras.Model) -> list[keras.layers.Layer]:
-    """The layers of a model and of the models nested in it, each once."""
-    found = []
-    for layer in model.layers:
-        for leaf in _leaves(layer) if _is_graph(layer) else [layer]:
-            if all(leaf is not other for other in found):
-                found.append(leaf)
-    return found
-
-
-def _is_graph(layer: Any) -> bool:
-    """Whether this is a model whose layers can be seen and replaced."""
-    return isinstance(layer, keras.Sequential) or (
-        isinstance(layer, keras.Model) and isinstance(layer, keras.Function)
-    )
-
-
-def _activates(layer: keras.layers.Layer, names: tuple[str, ...]) -> bool:
-    """Whether a layer's own activation is one of these."""
-    if layer.activation is None:
-        return "linear" in names
-    return getattr(layer.activation, "__name__", None) in names
-
-
-def _label(node: Node) -> str:
-    name, index = node
-    return f"{name}_{index}" if index else name
-
-
-def _check_model(model: Any) -> None:
-    if not _is_graph(model):
+def _check_model(model: keras.Model) -> None:
+    if not is_graph(model):
         raise ValueError(
             "Only Functional and Sequential models can be converted. For a "
             "subclassed model, use the FA layers in it directly. Received: "
@@ -640,9 +643,10 @@ def _check_model(model: Any) -> None:
 
 def _check_layers(model: keras.Model, skip: set[str]) -> None:
     """Refuses kernels that no FA layer stands for, and wrong names."""
-    leaves = _leaves(model)
-    _check_names(skip, leaves, "skip")
-    for layer in leaves:
+    names = [layer.name for layer in leaves(model)]
+    for name in skip.difference(names):
+        raise _no_layer(name, "skip", names)
+    for layer in leaves(model):
         name = layer.name
         converted = type(layer) in _COUNTERPART
         if converted and name in skip:
@@ -663,15 +667,24 @@ def _check_layers(model: keras.Model, skip: set[str]) -> None:
             )
 
 
-def _check_channels_last(model: keras.Model, kernels: set[str]) -> None:
-    """Refuses kernel layers whose maps are `(channels, *places)`."""
+def _check_wirable(
+    model: keras.Model, method: methods.Method, feedback_maps: str
+) -> None:
+    """Refuses models that DFA and DenseFA have no wiring for."""
+    nested = [layer.name for layer in model.layers if is_graph(layer)]
+    if nested:
+        raise ValueError(
+            f"'{method.name}' does not support nested models yet. Received: "
+            f"nested models {', '.join(nested)} in '{model.name}'. Build the "
+            "model from their layers directly, or use another method."
+        )
     first = [
         layer.name
         for layer in model.layers
-        if layer.name in kernels
+        if type(layer) in _COUNTERPART
         and getattr(layer, "data_format", None) == "channels_first"
     ]
-    if first:
+    if first and feedback_maps == "convolutional":
         raise ValueError(
             "Convolutional feedback maps need layers that are channels_last. "
             f"Received: channels_first layers {', '.join(first)} in "
@@ -681,50 +694,51 @@ def _check_channels_last(model: keras.Model, kernels: set[str]) -> None:
 
 
 def _other_methods(
-    model: keras.Model, layers: Mapping | None
+    model: keras.Model, layers: Layers, method: methods.Method
 ) -> dict[str | type, methods.Method]:
     """The argument `layers` with stock classes and methods resolved."""
-    leaves = _leaves(model)
-    others = {}
     if not isinstance(layers, Mapping | None):
         raise ValueError(
             "`layers` is a dict of layer name or class to method. Received: "
             f"layers={layers}"
         )
+    if layers and method.wiring != "chain":
+        raise ValueError(
+            f"'{method.name}' wires the errors of the whole model. Received: "
+            f"layers={layers}. Leave `layers` out."
+        )
+    kinds = {}
+    for layer in leaves(model):
+        kinds.setdefault(layer.name, set()).add(type(layer))
+    others = {}
     for key, value in (layers or {}).items():
-        if isinstance(key, str):
-            if all(leaf.name != key for leaf in leaves) and key in _BY_NAME:
-                others[_BY_NAME[key]] = methods.get(value)
-                continue
-            _check_names([key], leaves, "layers")
-            _check_counterparts(key, leaves)
-        elif key not in _STOCK and key not in _COUNTERPART:
+        other = _own(methods.get(value))
+        if other.wiring != "chain":
+            raise ValueError(
+                f"'{other.name}' wires the errors of a whole model and cannot "
+                f"be the method of one layer. Received: layers[{key!r}]="
+                f"'{other.name}'. Use convert(model, '{other.name}')."
+            )
+        if key not in kinds and key not in _CLASSES:
+            if isinstance(key, str):
+                raise _no_layer(key, "layers", kinds)
             raise ValueError(
                 "`layers` takes names and classes of layers with an FA "
                 f"counterpart. Received: {key!r}. Allowed classes: "
                 f"{', '.join(cls.__name__ for cls in _COUNTERPART)}"
             )
-        others[_STOCK.get(key, key)] = methods.get(value)
+        if key in kinds and kinds[key].isdisjoint(_COUNTERPART):
+            found = ", ".join(kind.__name__ for kind in kinds[key])
+            raise ValueError(
+                "`layers` takes names of layers with an FA counterpart. "
+                f"Received: layer {key!r} ({found})"
+            )
+        others[key if key in kinds else _CLASSES[key]] = other
     return others
 
 
-def _check_names(names: Iterable, leaves: list, argument: str) -> None:
-    known = dict.fromkeys(leaf.name for leaf in leaves)
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"No layer is named {name!r}. Received it in `{argument}`. "
-                f"The model's layers: {', '.join(known)}"
-            )
-
-
-def _check_counterparts(name: str, leaves: list) -> None:
-    kinds = {type(leaf) for leaf in leaves if leaf.name == name}
-    if kinds.isdisjoint(_COUNTERPART):
-        raise ValueError(
-            "`layers` takes names of layers with an FA counterpart. Received: "
-            f"layer {name!r} ({', '.join(kind.__name__ for kind in kinds)})"
-        )
-
-
-_OURS = (FeedbackLayer, SendError, StopError)
+def _no_layer(name: str, argument: str, names: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"No layer is named {name!r}. Received it in `{argument}`. The model's "
+        f"layers: {', '.join(dict.fromkeys(names))}"
+    )

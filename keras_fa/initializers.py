@@ -1,49 +1,51 @@
 """How a feedback kernel starts.
 
-An FA layer's `feedback_initializer` is any Keras initializer. Two things are
-particular to feedback:
-
-- `None` (the default) draws B_0 from the law of W_0, *independently* of it. A
-  Keras initializer gives the same values at every call, so that drawing both
-  from one would make `B_0 = W_0`: backpropagation, without any error showing.
-- A constant is stored as what it is, one number per layer that broadcasts, and
-  not as a second kernel. `"constant"` is the magnitude that gives B_0 the norm
-  of W_0; `keras.initializers.Constant(0.05)` is the magnitude 0.05.
+An FA layer's `feedback_initializer` is any Keras initializer. Particular to
+feedback is that `None` (the default) draws B_0 from the law of W_0,
+*independently* of it. A Keras initializer gives the same values at every call,
+so that drawing both from one would make `B_0 = W_0`: backpropagation, without
+any error showing. For the same reason an instance that several layers are
+given is drawn apart: the first one has it as it is, each further one has
+another seed, made of the instance's own.
 """
 
-from typing import Any
+import weakref
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import TypeVar
 
 import keras
 import numpy as np
+
+from keras_fa._types import Identifier
+from keras_fa._types import Tensor
+
+_Seeded = TypeVar("_Seeded")
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")
 class KernelMagnitude(keras.initializers.Initializer):
     """One magnitude for all of B, such that `||B_0|| = ||W_0||`.
 
-    The stored feedback kernel is the scalar `||W_0|| / ||rule(1, W_0)||`,
-    which is `||W_0|| / ||sign(W_0)||` under `SignConcordance`. Layers accept it
-    as the string `"constant"`.
-
-    Source: Moskovitz et al. (2018), strict normalization.
+    It is `||W_0|| / ||rule(1, W_0)||`, that is `||W_0|| / sqrt(size)` for FA
+    and `||W_0|| / ||sign(W_0)||` under `SignConcordance`. Layers accept it as
+    the string `"constant"`.
 
     Example:
 
     ```python
-    import keras
+    import numpy as np
     from keras_fa import FADense
 
-    layer = FADense(
-        8,
-        feedback_initializer="constant",
-        feedback_constraint="sign_concordance",
-    )
+    layer = FADense(8, feedback_initializer="constant")
     layer.build((None, 16))
-    assert layer.feedback_kernel.shape == ()
+    stored = np.array(layer.feedback_kernel)
+    assert np.all(stored == stored[0, 0])
+    assert np.isclose(np.linalg.norm(stored), np.linalg.norm(layer.kernel))
     ```
     """
 
-    def __call__(self, shape: tuple, dtype: str | None = None) -> Any:
+    def __call__(self, shape: tuple, dtype: str | None = None) -> Tensor:
         raise ValueError(
             "KernelMagnitude takes its value from a layer's own kernel. Give "
             "it as the `feedback_initializer` of an FA layer. Received: a call "
@@ -51,7 +53,10 @@ class KernelMagnitude(keras.initializers.Initializer):
         )
 
 
-def get(identifier: Any) -> Any:
+_OURS = {"constant": KernelMagnitude, "kernel_magnitude": KernelMagnitude}
+
+
+def get(identifier: Identifier) -> Callable | None:
     """Resolves a `feedback_initializer`.
 
     Args:
@@ -61,19 +66,35 @@ def get(identifier: Any) -> Any:
     Returns:
         An initializer, or `None`.
     """
-    if isinstance(identifier, str) and identifier == "constant":
-        return KernelMagnitude()
-    return keras.initializers.get(identifier)
+    return resolve(identifier, _OURS, keras.initializers.get)
 
 
-def is_constant(initializer: Any) -> bool:
-    """Whether the feedback kernel is one number (stored as a scalar)."""
-    return isinstance(initializer, _CONSTANTS)
+def resolve(
+    identifier: Identifier,
+    ours: Mapping[str, type],
+    stock: Callable[[Identifier], object],
+) -> object:
+    """Resolves what a user of Keras may give in an object's place.
+
+    Args:
+        identifier: A name of ours, in any spelling that Keras has for names
+            ("fixed_sign", "FixedSign", "keras_fa>FixedSign"), or anything else.
+        ours: Names to classes.
+        stock: Keras's own function for anything else.
+    """
+    if isinstance(identifier, str):
+        plain = identifier.removeprefix("keras_fa>").lower().replace("_", "")
+        for name, cls in ours.items():
+            if plain == name.replace("_", ""):
+                return cls()
+    return stock(identifier)
 
 
 def independent(
-    initializer: Any, kernel_initializer: Any, kernel_path: str
-) -> Any:
+    initializer: Callable | None,
+    kernel_initializer: Callable,
+    kernel_path: str,
+) -> Callable:
     """The initializer that draws B_0 independently of W_0.
 
     Args:
@@ -111,23 +132,41 @@ def independent(
     return reseeded(initializer, _FEEDBACK_STREAM)
 
 
-def reseeded(initializer: Any, stream: int) -> Any:
+_uses: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def drawn_apart(seeded: _Seeded) -> _Seeded:
+    """What one more user of an instance is to draw from.
+
+    Args:
+        seeded: An initializer, a feedback rule, a kernel constraint, or
+            anything that draws nothing.
+
+    Returns:
+        The instance itself for its first user, and for each further one an
+        independent one with another seed.
+    """
+    if getattr(seeded, "seed", None) is None:
+        return seeded
+    uses = _uses.get(seeded, 0)
+    _uses[seeded] = uses + 1
+    return reseeded(seeded, uses) if uses else seeded
+
+
+def reseeded(seeded: _Seeded, stream: int) -> _Seeded:
     """The same law with another seed, a function of the old seed and `stream`.
 
     Args:
-        initializer: A random Keras initializer.
+        seeded: What has a `seed` and Keras's `get_config` and `from_config`.
         stream: Integer; different streams give independent draws.
-
-    Returns:
-        An initializer.
     """
-    entropy = [int(_first(initializer.seed)), stream]
+    entropy = [int(_first(seeded.seed)), stream]
     words = np.random.SeedSequence(entropy).generate_state(1)
-    config = {**initializer.get_config(), "seed": int(words[0] >> 1)}
-    return type(initializer).from_config(config)
+    config = {**seeded.get_config(), "seed": int(words[0] >> 1)}
+    return type(seeded).from_config(config)
 
 
-def _first(seed: Any) -> int | None:
+def _first(seed: int | keras.random.SeedGenerator | None) -> int | None:
     """The integer that a seed starts from: a generator's first draw has it."""
     if isinstance(seed, keras.random.SeedGenerator):
         return seed.get_config()["seed"]
@@ -135,9 +174,3 @@ def _first(seed: Any) -> int | None:
 
 
 _FEEDBACK_STREAM = 0xFEEDBAC
-_CONSTANTS = (
-    KernelMagnitude,
-    keras.initializers.Constant,
-    keras.initializers.Ones,
-    keras.initializers.Zeros,
-)

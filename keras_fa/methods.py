@@ -2,7 +2,7 @@
 
 `METHODS` maps the name of a row to a `Method`: how feedback starts, the rule
 that makes B of it, what constrains the forward kernel, which callbacks it
-needs, and how errors are wired. `keras_fa.convert` reads it.
+brings, and how errors are wired. `keras_fa.convert` reads it.
 
 "bp_ei" is not in the paper: backpropagation under the fixed signs of the E/I
 rows tells what the signs cost by themselves.
@@ -19,10 +19,10 @@ assert METHODS["fa"].callbacks() == []
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import keras
 
+from keras_fa._types import Identifier
 from keras_fa.callbacks import StrictNormalization
 from keras_fa.constraints import Chain
 from keras_fa.constraints import ConstantNorm
@@ -48,7 +48,6 @@ class Method:
         METHODS["dense_fa"],
         feedback_initializer=None,
         feedback_constraint=None,
-        callback_classes=(),
     )
     ```
 
@@ -67,23 +66,25 @@ class Method:
             each drawn independently: a Keras initializer or its name. `None`
             is Glorot uniform. An instance without a seed draws anew in each
             conversion.
-        callback_classes: What `callbacks()` makes.
+        callback_classes: What `callbacks()` makes. Nothing depends on it: SN
+            is strict by its rule, and its callback is there for loops that
+            were written with one.
     """
 
     name: str
     title: str
     definition: str
     standing: str
-    feedback_initializer: Any = None
-    feedback_constraint: Any = None
-    feedback_regularizer: Any = None
-    kernel_constraint: Any = None
+    feedback_initializer: Identifier = None
+    feedback_constraint: Identifier = None
+    feedback_regularizer: Identifier = None
+    kernel_constraint: Identifier = None
     wiring: str = "chain"
-    map_initializer: Any = None
+    map_initializer: Identifier = None
     callback_classes: tuple[Callable[[], keras.callbacks.Callback], ...] = ()
 
     def callbacks(self) -> list[keras.callbacks.Callback]:
-        """The callbacks that training needs: a fresh list each time."""
+        """The callbacks that go with this method: a fresh list each time."""
         return [make() for make in self.callback_classes]
 
 
@@ -128,7 +129,7 @@ METHODS: dict[str, Method] = {
             title="FA-uSF Init. E/I",
             definition="B = |B_0| sign(W), each weight keeps the sign of W_0",
             standing=_PAPER,
-            feedback_constraint=SignConcordance(fixed_magnitude=True),
+            feedback_constraint=SignConcordance(),
             kernel_constraint=FixedSign(),
         ),
         Method(
@@ -136,7 +137,7 @@ METHODS: dict[str, Method] = {
             title="FA-uSF Init.",
             definition="B = |B_0| sign(W)",
             standing="the paper's, as a published reproduction states it",
-            feedback_constraint=SignConcordance(fixed_magnitude=True),
+            feedback_constraint=SignConcordance(),
         ),
         Method(
             name="fa_usf_sn",
@@ -144,8 +145,7 @@ METHODS: dict[str, Method] = {
             definition="B = ||W|| sign(W) / ||sign(W)||",
             standing="the paper's strict normalization, as a published "
             "reproduction states it",
-            feedback_initializer="constant",
-            feedback_constraint=SignConcordance(),
+            feedback_constraint=SignConcordance(strict=True),
             callback_classes=(StrictNormalization,),
         ),
         Method(
@@ -164,8 +164,7 @@ METHODS: dict[str, Method] = {
             definition="uSF SN from the next kernel layer, and M e_m from each "
             "kernel layer m further up, M fixed and random",
             standing=_OURS,
-            feedback_initializer="constant",
-            feedback_constraint=SignConcordance(),
+            feedback_constraint=SignConcordance(strict=True),
             wiring="dense",
             # The chained error follows the weights; those of the maps are
             # kept a good deal smaller, to add to it and not to drown it.
@@ -187,8 +186,7 @@ METHODS: dict[str, Method] = {
             title="FA-uSF Const.",
             definition="B = ||W_0|| sign(W) / ||sign(W)||, ||W_t|| = ||W_0||",
             standing=_OURS,
-            feedback_initializer="constant",
-            feedback_constraint=SignConcordance(),
+            feedback_constraint=SignConcordance(strict=True),
             kernel_constraint=ConstantNorm(),
         ),
         Method(
@@ -196,8 +194,7 @@ METHODS: dict[str, Method] = {
             title="FA-uSF Const. E/I",
             definition="as FA-uSF Const., each weight keeps the sign of W_0",
             standing=_OURS,
-            feedback_initializer="constant",
-            feedback_constraint=SignConcordance(),
+            feedback_constraint=SignConcordance(strict=True),
             kernel_constraint=Chain([FixedSign(), ConstantNorm()]),
         ),
         Method(

@@ -1,11 +1,14 @@
 """Penalties that tie a forward kernel to a feedback kernel."""
 
-from typing import Any
+from collections.abc import Callable
 
 import keras
 from keras import ops
 
+from keras_fa._types import Identifier
+from keras_fa._types import Tensor
 from keras_fa.constraints import kernel_norm
+from keras_fa.initializers import resolve
 
 
 class FeedbackRegularizer(keras.regularizers.Regularizer):
@@ -15,7 +18,7 @@ class FeedbackRegularizer(keras.regularizers.Regularizer):
     is added to the loss. Its gradient moves the forward kernel.
     """
 
-    def __call__(self, feedback_kernel: Any, kernel: Any) -> Any:
+    def __call__(self, feedback_kernel: Tensor, kernel: Tensor) -> Tensor:
         raise NotImplementedError(
             f"{type(self).__name__} must implement "
             "__call__(feedback_kernel, kernel)."
@@ -57,10 +60,9 @@ class Alignment(FeedbackRegularizer):
             )
         self.rate = rate
 
-    def __call__(self, feedback_kernel: Any, kernel: Any) -> Any:
+    def __call__(self, feedback_kernel: Tensor, kernel: Tensor) -> Tensor:
         # The floor keeps the gradient of the norm finite for a zero kernel.
         norm = ops.sqrt(ops.maximum(ops.sum(ops.square(kernel)), 1e-30))
-        feedback_kernel = ops.broadcast_to(feedback_kernel, kernel.shape)
         cosine = ops.divide_no_nan(
             ops.sum(feedback_kernel * kernel),
             kernel_norm(feedback_kernel) * norm,
@@ -71,7 +73,7 @@ class Alignment(FeedbackRegularizer):
         return {"rate": self.rate}
 
 
-def get(identifier: Any) -> Any:
+def get(identifier: Identifier) -> Callable | None:
     """Resolves a `feedback_regularizer`.
 
     Args:
@@ -81,6 +83,4 @@ def get(identifier: Any) -> Any:
     Returns:
         A regularizer, or `None`.
     """
-    if isinstance(identifier, str) and identifier.lower() == "alignment":
-        return Alignment()
-    return keras.regularizers.get(identifier)
+    return resolve(identifier, {"alignment": Alignment}, keras.regularizers.get)

@@ -1,4 +1,11 @@
-"""FA layers: each stock Keras layer with a kernel, with feedback."""
+"""FA layers: each stock Keras layer with a kernel, with feedback.
+
+Each is a class statement over `keras_fa.layers.feedback.FeedbackLayer`, which
+says what the `feedback_*` arguments mean. In the layers' own docstrings W is
+the forward kernel, B the kernel that carries the error down, dy the error at
+the pre-activation, and op^T(., B) the transpose of the layer's linear operation
+with B in the place of W. dW and db are always exact.
+"""
 
 from keras_fa.layers.convolutional import FAConv1D
 from keras_fa.layers.convolutional import FAConv1DTranspose

@@ -1,7 +1,7 @@
 """Convolutional FA layers.
 
-For a convolution `op^T(., B)` is the transposed convolution with kernel B: the
-feedback weights are shared in space as the forward weights are.
+`conv^T(., B)` is the transpose of a convolution with kernel B: the feedback
+weights are shared in space as the forward weights are.
 """
 
 import keras
@@ -55,363 +55,205 @@ class _Separable(FeedbackLayer):
 
 @keras.saving.register_keras_serializable(package="keras_fa")
 class FAConv1D(_Convolution, keras.layers.Conv1D):
-    """`keras.layers.Conv1D` with feedback.
+    """`Conv1D` with feedback: `y = act(conv(x, W) + b)`, `dx = conv^T(dy, B)`.
 
-    `y = activation(conv(x, W) + b)`; the error goes down through
-    the same operation's transpose with B in the place of W; dW and db are
-    exact.
+    W and B: `(size, channels // groups, filters)`.
+    Presynaptic units are x's channels, under groups too.
 
-    Args:
-        filters: Integer, and all other arguments of `Conv1D`.
-        feedback_initializer: Initializer of the feedback kernel. Default
-            `None`: the kernel's law, drawn independently.
-        feedback_regularizer: Penalty on the feedback kernel. Default `None`.
-        feedback_constraint: The rule that gives B. Default `None`: FA.
-
-    Input and output shapes: those of `Conv1D`.
-    Kernel and feedback kernel: `window + (channels // groups, filters)`.
-
-    Raises:
-        ValueError: For LoRA and quantization, and as `Conv1D` does.
-
-    Source: Moskovitz et al. (2018).
-
-    Example:
+    Args: those of Keras's and of `keras_fa.layers.feedback.FeedbackLayer`.
+    Input and output: as there. Raises: as both. Source: Moskovitz et al., 2018.
 
     ```python
-    import numpy as np
     from keras_fa import FAConv1D
 
-    layer = FAConv1D(4, 3, activation="relu")
-    y = layer(np.ones((2, 8, 3), "float32"))
-    assert layer.feedback_kernel.shape == layer.kernel.shape
+    layer = FAConv1D(4, 3, groups=2)
+    layer.build((None, 8, 6))
+    assert layer.feedback_kernel.shape == (3, 3, 4)
     ```
     """
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")
 class FAConv2D(_Convolution, keras.layers.Conv2D):
-    """`keras.layers.Conv2D` with feedback.
+    """`Conv2D` with feedback: `y = act(conv(x, W) + b)`, `dx = conv^T(dy, B)`.
 
-    `y = activation(conv(x, W) + b)`; the error goes down through
-    the same operation's transpose with B in the place of W; dW and db are
-    exact.
+    W and B: `(height, width, channels // groups, filters)`.
+    Presynaptic units are x's channels.
 
-    Args:
-        filters: Integer, and all other arguments of `Conv2D`.
-        feedback_initializer: Initializer of the feedback kernel. Default
-            `None`: the kernel's law, drawn independently.
-        feedback_regularizer: Penalty on the feedback kernel. Default `None`.
-        feedback_constraint: The rule that gives B. Default `None`: FA.
-
-    Input and output shapes: those of `Conv2D`.
-    Kernel and feedback kernel: `window + (channels // groups, filters)`.
-
-    Raises:
-        ValueError: For LoRA and quantization, and as `Conv2D` does.
-
-    Source: Moskovitz et al. (2018).
-
-    Example:
+    Args: those of Keras's and of `keras_fa.layers.feedback.FeedbackLayer`.
+    Input and output: as there. Raises: as both. Source: Moskovitz et al., 2018.
 
     ```python
-    import numpy as np
     from keras_fa import FAConv2D
 
-    layer = FAConv2D(4, 3, activation="relu")
-    y = layer(np.ones((2, 8, 8, 3), "float32"))
-    assert layer.feedback_kernel.shape == layer.kernel.shape
+    layer = FAConv2D(4, 3, strides=2)
+    layer.build((None, 8, 8, 6))
+    assert layer.feedback_kernel.shape == (3, 3, 6, 4)
     ```
     """
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")
 class FAConv3D(_Convolution, keras.layers.Conv3D):
-    """`keras.layers.Conv3D` with feedback.
+    """`Conv3D` with feedback: `y = act(conv(x, W) + b)`, `dx = conv^T(dy, B)`.
 
-    `y = activation(conv(x, W) + b)`; the error goes down through
-    the same operation's transpose with B in the place of W; dW and db are
-    exact.
+    W and B: `(depth, height, width, channels // groups, filters)`.
+    Presynaptic units are x's channels.
 
-    Args:
-        filters: Integer, and all other arguments of `Conv3D`.
-        feedback_initializer: Initializer of the feedback kernel. Default
-            `None`: the kernel's law, drawn independently.
-        feedback_regularizer: Penalty on the feedback kernel. Default `None`.
-        feedback_constraint: The rule that gives B. Default `None`: FA.
-
-    Input and output shapes: those of `Conv3D`.
-    Kernel and feedback kernel: `window + (channels // groups, filters)`.
-
-    Raises:
-        ValueError: For LoRA and quantization, and as `Conv3D` does.
-
-    Source: Moskovitz et al. (2018).
-
-    Example:
+    Args: those of Keras's and of `keras_fa.layers.feedback.FeedbackLayer`.
+    Input and output: as there. Raises: as both. Source: Moskovitz et al., 2018.
 
     ```python
-    import numpy as np
     from keras_fa import FAConv3D
 
-    layer = FAConv3D(4, 3, activation="relu")
-    y = layer(np.ones((2, 8, 8, 8, 3), "float32"))
-    assert layer.feedback_kernel.shape == layer.kernel.shape
+    layer = FAConv3D(4, 3)
+    layer.build((None, 8, 8, 8, 6))
+    assert layer.feedback_kernel.shape == (3, 3, 3, 6, 4)
     ```
     """
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")
 class FAConv1DTranspose(_Transposed, keras.layers.Conv1DTranspose):
-    """`keras.layers.Conv1DTranspose` with feedback.
+    """`Conv1DTranspose` with feedback: the error goes down by a convolution.
 
-    `y = activation(conv_transpose(x, W) + b)`; the error goes down
-    through the same operation's transpose with B in the place of W; dW and db
-    are exact.
+    `y = act(conv^T(x, W) + b)`, `dx = conv(dy, B)`. Presynaptic units
+    are x's channels. W and B: `(size, filters, channels)`.
 
-    Args:
-        filters: Integer, and all other arguments of `Conv1DTranspose`.
-        feedback_initializer: Initializer of the feedback kernel. Default
-            `None`: the kernel's law, drawn independently.
-        feedback_regularizer: Penalty on the feedback kernel. Default `None`.
-        feedback_constraint: The rule that gives B. Default `None`: FA.
-
-    Input and output shapes: those of `Conv1DTranspose`.
-    Kernel and feedback kernel: `window + (filters, channels)`.
-
-    Raises:
-        ValueError: For LoRA and quantization, and as `Conv1DTranspose` does.
-
-    Source: Moskovitz et al. (2018).
-
-    Example:
+    Args: those of Keras's and of `keras_fa.layers.feedback.FeedbackLayer`.
+    Input and output: as there. Raises: as both. Source: Moskovitz et al., 2018.
 
     ```python
-    import numpy as np
     from keras_fa import FAConv1DTranspose
 
-    layer = FAConv1DTranspose(4, 3, activation="relu")
-    y = layer(np.ones((2, 8, 3), "float32"))
-    assert layer.feedback_kernel.shape == layer.kernel.shape
+    layer = FAConv1DTranspose(4, 3)
+    layer.build((None, 8, 6))
+    assert layer.feedback_kernel.shape == (3, 4, 6)
     ```
     """
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")
 class FAConv2DTranspose(_Transposed, keras.layers.Conv2DTranspose):
-    """`keras.layers.Conv2DTranspose` with feedback.
+    """`Conv2DTranspose` with feedback: the error goes down by a convolution.
 
-    `y = activation(conv_transpose(x, W) + b)`; the error goes down
-    through the same operation's transpose with B in the place of W; dW and db
-    are exact.
+    `y = act(conv^T(x, W) + b)`, `dx = conv(dy, B)`. Presynaptic units
+    are x's channels. W and B: `(height, width, filters, channels)`.
 
-    Args:
-        filters: Integer, and all other arguments of `Conv2DTranspose`.
-        feedback_initializer: Initializer of the feedback kernel. Default
-            `None`: the kernel's law, drawn independently.
-        feedback_regularizer: Penalty on the feedback kernel. Default `None`.
-        feedback_constraint: The rule that gives B. Default `None`: FA.
-
-    Input and output shapes: those of `Conv2DTranspose`.
-    Kernel and feedback kernel: `window + (filters, channels)`.
-
-    Raises:
-        ValueError: For LoRA and quantization, and as `Conv2DTranspose` does.
-
-    Source: Moskovitz et al. (2018).
-
-    Example:
+    Args: those of Keras's and of `keras_fa.layers.feedback.FeedbackLayer`.
+    Input and output: as there. Raises: as both. Source: Moskovitz et al., 2018.
 
     ```python
-    import numpy as np
     from keras_fa import FAConv2DTranspose
 
-    layer = FAConv2DTranspose(4, 3, activation="relu")
-    y = layer(np.ones((2, 8, 8, 3), "float32"))
-    assert layer.feedback_kernel.shape == layer.kernel.shape
+    layer = FAConv2DTranspose(4, 3, strides=2)
+    layer.build((None, 8, 8, 6))
+    assert layer.feedback_kernel.shape == (3, 3, 4, 6)
     ```
     """
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")
 class FAConv3DTranspose(_Transposed, keras.layers.Conv3DTranspose):
-    """`keras.layers.Conv3DTranspose` with feedback.
+    """`Conv3DTranspose` with feedback: the error goes down by a convolution.
 
-    `y = activation(conv_transpose(x, W) + b)`; the error goes down
-    through the same operation's transpose with B in the place of W; dW and db
-    are exact.
+    `y = act(conv^T(x, W) + b)`, `dx = conv(dy, B)`. Presynaptic units
+    are x's channels. W and B: `(depth, height, width, filters, channels)`.
 
-    Args:
-        filters: Integer, and all other arguments of `Conv3DTranspose`.
-        feedback_initializer: Initializer of the feedback kernel. Default
-            `None`: the kernel's law, drawn independently.
-        feedback_regularizer: Penalty on the feedback kernel. Default `None`.
-        feedback_constraint: The rule that gives B. Default `None`: FA.
-
-    Input and output shapes: those of `Conv3DTranspose`.
-    Kernel and feedback kernel: `window + (filters, channels)`.
-
-    Raises:
-        ValueError: For LoRA and quantization, and as `Conv3DTranspose` does.
-
-    Source: Moskovitz et al. (2018).
-
-    Example:
+    Args: those of Keras's and of `keras_fa.layers.feedback.FeedbackLayer`.
+    Input and output: as there. Raises: as both. Source: Moskovitz et al., 2018.
 
     ```python
-    import numpy as np
     from keras_fa import FAConv3DTranspose
 
-    layer = FAConv3DTranspose(4, 3, activation="relu")
-    y = layer(np.ones((2, 4, 4, 4, 3), "float32"))
-    assert layer.feedback_kernel.shape == layer.kernel.shape
+    layer = FAConv3DTranspose(4, 3)
+    layer.build((None, 8, 8, 8, 6))
+    assert layer.feedback_kernel.shape == (3, 3, 3, 4, 6)
     ```
     """
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")
 class FADepthwiseConv1D(_Depthwise, keras.layers.DepthwiseConv1D):
-    """`keras.layers.DepthwiseConv1D` with feedback.
+    """`DepthwiseConv1D` with feedback: each channel's error stays its own.
 
-    `y = activation(depthwise_conv(x, W) + b)`; the error goes down
-    through the same operation's transpose with B in the place of W; dW and db
-    are exact.
+    `y = act(depthwise(x, W) + b)`, `dx = depthwise^T(dy, B)`. Presynaptic
+    units: channels. W and B: `(size, channels, depth_multiplier)`.
 
-    Args:
-        kernel_size: Integer or tuple, and all other arguments of
-            `DepthwiseConv1D`.
-        feedback_initializer: Initializer of the feedback kernel. Default
-            `None`: the kernel's law, drawn independently.
-        feedback_regularizer: Penalty on the feedback kernel. Default `None`.
-        feedback_constraint: The rule that gives B. Default `None`: FA.
-
-    Input and output shapes: those of `DepthwiseConv1D`.
-    Kernel and feedback kernel: `window + (channels, depth_multiplier)`.
-
-    Raises:
-        ValueError: For LoRA and quantization, and as `DepthwiseConv1D` does.
-
-    Source: Moskovitz et al. (2018).
-
-    Example:
+    Args: those of Keras's and of `keras_fa.layers.feedback.FeedbackLayer`.
+    Input and output: as there. Raises: as both. Source: Moskovitz et al., 2018.
 
     ```python
-    import numpy as np
     from keras_fa import FADepthwiseConv1D
 
-    layer = FADepthwiseConv1D(3, activation="relu")
-    y = layer(np.ones((2, 8, 3), "float32"))
-    assert layer.feedback_kernel.shape == layer.kernel.shape
+    layer = FADepthwiseConv1D(3)
+    layer.build((None, 8, 6))
+    assert layer.feedback_kernel.shape == (3, 6, 1)
     ```
     """
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")
 class FADepthwiseConv2D(_Depthwise, keras.layers.DepthwiseConv2D):
-    """`keras.layers.DepthwiseConv2D` with feedback.
+    """`DepthwiseConv2D` with feedback: each channel's error stays its own.
 
-    `y = activation(depthwise_conv(x, W) + b)`; the error goes down
-    through the same operation's transpose with B in the place of W; dW and db
-    are exact.
+    `y = act(depthwise(x, W) + b)`, `dx = depthwise^T(dy, B)`. Presynaptic
+    units: channels. W and B: `(height, width, channels, depth_multiplier)`.
 
-    Args:
-        kernel_size: Integer or tuple, and all other arguments of
-            `DepthwiseConv2D`.
-        feedback_initializer: Initializer of the feedback kernel. Default
-            `None`: the kernel's law, drawn independently.
-        feedback_regularizer: Penalty on the feedback kernel. Default `None`.
-        feedback_constraint: The rule that gives B. Default `None`: FA.
-
-    Input and output shapes: those of `DepthwiseConv2D`.
-    Kernel and feedback kernel: `window + (channels, depth_multiplier)`.
-
-    Raises:
-        ValueError: For LoRA and quantization, and as `DepthwiseConv2D` does.
-
-    Source: Moskovitz et al. (2018).
-
-    Example:
+    Args: those of Keras's and of `keras_fa.layers.feedback.FeedbackLayer`.
+    Input and output: as there. Raises: as both. Source: Moskovitz et al., 2018.
 
     ```python
-    import numpy as np
     from keras_fa import FADepthwiseConv2D
 
-    layer = FADepthwiseConv2D(3, activation="relu")
-    y = layer(np.ones((2, 8, 8, 3), "float32"))
-    assert layer.feedback_kernel.shape == layer.kernel.shape
+    layer = FADepthwiseConv2D(3, depth_multiplier=2)
+    layer.build((None, 8, 8, 6))
+    assert layer.feedback_kernel.shape == (3, 3, 6, 2)
     ```
     """
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")
 class FASeparableConv1D(_Separable, keras.layers.SeparableConv1D):
-    """`keras.layers.SeparableConv1D` with feedback.
+    """`SeparableConv1D` with feedback: the error goes through B_p, then B_d.
 
-    `y = activation(conv(depthwise_conv(x, W_d), W_p) + b)`; the error goes
-    down through B_p and then B_d, and each kernel's update is the exact
-    product of its own input and error.
+    `u = depthwise(x, W_d)`, `y = act(conv(u, W_p) + b)`;
+    `du = conv^T(dy, B_p)`, `dx = depthwise^T(du, B_d)`. W_d and B_d:
+    `(size, channels, depth_multiplier)`, W_p and B_p:
+    `(1, channels * depth_multiplier, filters)`. Presynaptic units are the
+    channels of x and of u.
 
-    Args:
-        filters: Integer, and all other arguments of `SeparableConv1D`.
-        feedback_initializer: Initializer of the feedback kernel. Default
-            `None`: the kernel's law, drawn independently.
-        feedback_regularizer: Penalty on the feedback kernel. Default `None`.
-        feedback_constraint: The rule that gives B. Default `None`: FA.
-
-    Input and output shapes: those of `SeparableConv1D`. `feedback_kernel`
-    is the pair of the depthwise and the pointwise one, each of its kernel's
-    shape.
-
-    Raises:
-        ValueError: For LoRA and quantization, and as `SeparableConv1D` does.
-
-    Source: Moskovitz et al. (2018).
-
-    Example:
+    Args: those of Keras's and of `keras_fa.layers.feedback.FeedbackLayer`.
+    Input and output: as there. Raises: as both. Source: Moskovitz et al., 2018.
 
     ```python
-    import numpy as np
     from keras_fa import FASeparableConv1D
 
-    layer = FASeparableConv1D(4, 3, activation="relu")
-    y = layer(np.ones((2, 8, 3), "float32"))
-    assert len(layer.feedback_kernel) == 2
+    layer = FASeparableConv1D(4, 3)
+    layer.build((None, 8, 6))
+    assert [b.shape[-1] for b in layer.feedback_kernel] == [1, 4]
     ```
     """
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")
 class FASeparableConv2D(_Separable, keras.layers.SeparableConv2D):
-    """`keras.layers.SeparableConv2D` with feedback.
+    """`SeparableConv2D` with feedback: the error goes through B_p, then B_d.
 
-    `y = activation(conv(depthwise_conv(x, W_d), W_p) + b)`; the error goes
-    down through B_p and then B_d, and each kernel's update is the exact
-    product of its own input and error.
+    `u = depthwise(x, W_d)`, `y = act(conv(u, W_p) + b)`;
+    `du = conv^T(dy, B_p)`, `dx = depthwise^T(du, B_d)`. W_d and B_d:
+    `(height, width, channels, depth_multiplier)`, W_p and B_p:
+    `(1, 1, channels * depth_multiplier, filters)`. Presynaptic units are the
+    channels of x and of u.
 
-    Args:
-        filters: Integer, and all other arguments of `SeparableConv2D`.
-        feedback_initializer: Initializer of the feedback kernel. Default
-            `None`: the kernel's law, drawn independently.
-        feedback_regularizer: Penalty on the feedback kernel. Default `None`.
-        feedback_constraint: The rule that gives B. Default `None`: FA.
-
-    Input and output shapes: those of `SeparableConv2D`. `feedback_kernel`
-    is the pair of the depthwise and the pointwise one, each of its kernel's
-    shape.
-
-    Raises:
-        ValueError: For LoRA and quantization, and as `SeparableConv2D` does.
-
-    Source: Moskovitz et al. (2018).
-
-    Example:
+    Args: those of Keras's and of `keras_fa.layers.feedback.FeedbackLayer`.
+    Input and output: as there. Raises: as both. Source: Moskovitz et al., 2018.
 
     ```python
-    import numpy as np
     from keras_fa import FASeparableConv2D
 
-    layer = FASeparableConv2D(4, 3, activation="relu")
-    y = layer(np.ones((2, 8, 8, 3), "float32"))
-    assert len(layer.feedback_kernel) == 2
+    layer = FASeparableConv2D(4, 3)
+    layer.build((None, 8, 8, 6))
+    assert [b.shape[-1] for b in layer.feedback_kernel] == [1, 4]
     ```
     """

@@ -8,35 +8,19 @@ from keras_fa.layers.feedback import FeedbackLayer
 
 @keras.saving.register_keras_serializable(package="keras_fa")
 class FADense(FeedbackLayer, keras.layers.Dense):
-    """`keras.layers.Dense` with a feedback kernel.
+    """`Dense` with feedback: `y = act(x W + b)`, `dx = dy B^T`.
 
-    `y = activation(x W + b)`; the error `dy` at the pre-activation goes down
-    as `dx = dy B^T`; `dW = x^T dy` and `db = sum(dy)` are exact.
+    `dW = x^T dy` and `db = sum(dy)` are exact. W and B: `(input_dim, units)`.
+    Presynaptic units are the inputs, the rows of W.
 
-    Args:
-        units: Positive integer, as for `Dense`, and all of its arguments
-            except `lora_rank` and `quantization_config`.
-        feedback_initializer: Initializer of the feedback kernel. Default
-            `None`: the kernel's law, drawn independently.
-        feedback_regularizer: Penalty on the feedback kernel. Default `None`.
-        feedback_constraint: The rule that gives B. Default `None`: FA.
-
-    Input and output shapes: those of `Dense`. Kernel and feedback kernel have
-    the shape `(input_dim, units)`.
-
-    Raises:
-        ValueError: For LoRA and quantization, and as `Dense` does.
-
-    Source: Lillicrap et al. (2016); Moskovitz et al. (2018).
-
-    Example:
+    Args: those of Keras's and of `keras_fa.layers.feedback.FeedbackLayer`.
+    Input and output: as there. Raises: as both. Source: Lillicrap et al., 2016.
 
     ```python
-    import numpy as np
     from keras_fa import FADense
 
     layer = FADense(4, activation="relu")
-    y = layer(np.ones((2, 3), "float32"))
+    layer.build((None, 3))
     assert layer.feedback_kernel.shape == layer.kernel.shape == (3, 4)
     ```
     """
@@ -44,35 +28,20 @@ class FADense(FeedbackLayer, keras.layers.Dense):
 
 @keras.saving.register_keras_serializable(package="keras_fa")
 class FAEinsumDense(FeedbackLayer, keras.layers.EinsumDense):
-    """`keras.layers.EinsumDense` with a feedback kernel.
+    """`EinsumDense` with feedback: the equation's transpose with B for W.
 
-    `y = activation(einsum(equation, x, W) + b)`; the error goes down through
-    the same contraction with B in the place of W.
+    `y = act(einsum(equation, x, W) + b)`. W and B have the shape that the
+    equation gives W. Presynaptic units are the combinations of those indices of
+    W that the input has too.
 
-    Args:
-        equation: String, as for `EinsumDense`, and all of its arguments except
-            `lora_rank` and `quantization_config`.
-        feedback_initializer: Initializer of the feedback kernel. Default
-            `None`: the kernel's law, drawn independently.
-        feedback_regularizer: Penalty on the feedback kernel. Default `None`.
-        feedback_constraint: The rule that gives B. Default `None`: FA.
-
-    Input and output shapes: those of `EinsumDense`. Kernel and feedback kernel
-    have the shape that the equation gives the kernel.
-
-    Raises:
-        ValueError: For LoRA and quantization, and as `EinsumDense` does.
-
-    Source: Lillicrap et al. (2016), for a general linear layer.
-
-    Example:
+    Args: those of Keras's and of `keras_fa.layers.feedback.FeedbackLayer`.
+    Input and output: as there. Raises: as both. Source: Lillicrap et al., 2016.
 
     ```python
-    import numpy as np
     from keras_fa import FAEinsumDense
 
     layer = FAEinsumDense("abc,cd->abd", output_shape=(None, 4))
-    y = layer(np.ones((2, 5, 3), "float32"))
+    layer.build((None, 5, 3))
     assert layer.feedback_kernel.shape == (3, 4)
     ```
     """

@@ -3,14 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_fa import gradients
+from keras_fa import _gradients
 from keras_fa import initializers
+from keras_fa._types import Identifier
+from keras_fa._types import Store
+from keras_fa._types import Tensor
 
 FEEDBACK_MAPS = ("dense", "convolutional")
 
@@ -32,17 +34,19 @@ class StopError(keras.layers.Layer):
     ```
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self.autocast = False  # whatever the dtype of what it stands behind
         self.supports_masking = True
 
-    def call(self, inputs: Any) -> Any:
-        if gradients.in_backpropagation():
+    def call(self, inputs: Tensor) -> Tensor:
+        if _gradients.in_backpropagation():
             return inputs
         return ops.stop_gradient(inputs)
 
-    def compute_output_spec(self, inputs: Any) -> Any:
+    def compute_output_spec(
+        self, inputs: keras.KerasTensor
+    ) -> keras.KerasTensor:
         return keras.KerasTensor(inputs.shape, dtype=inputs.dtype)
 
 
@@ -120,11 +124,11 @@ class SendError(keras.layers.Layer):
     def __init__(
         self,
         receivers: Sequence[str],
-        feedback_initializer: Any = "glorot_uniform",
+        feedback_initializer: Identifier = "glorot_uniform",
         feedback_maps: str = "dense",
         kernel_size: int = 3,
         grid_size: int = 4,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         super().__init__(**kwargs)
         check_feedback_maps(feedback_maps)
@@ -145,7 +149,7 @@ class SendError(keras.layers.Layer):
         self.kernel_size = kernel_size
         self.grid_size = grid_size
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: list[tuple]) -> None:
         source, *receivers = input_shape
         if len(receivers) != len(self.receivers):
             raise ValueError(
@@ -162,33 +166,40 @@ class SendError(keras.layers.Layer):
             )
             for receiver in receivers
         ]
-        self.maps = [
-            self.add_weight(
+        for index, carry in enumerate(self._carriers):
+            matrix = self.add_weight(
                 shape=carry.kernel_shape,
                 initializer=drawn_apart(self.feedback_initializer, index),
                 trainable=False,
-                name=f"feedback_{name}",
+                name=f"feedback_{self.receivers[index]}",
             )
-            for index, (name, carry) in enumerate(
-                zip(self.receivers, self._carriers)
-            )
-        ]
+            # Attributes, since tf.train.Checkpoint finds no lists of weights.
+            setattr(self, f"map_{index}", matrix)
 
-    def call(self, inputs: Any) -> Any:
+    @property
+    def maps(self) -> list[keras.Variable]:
+        """The kernels of the maps, one for each receiver."""
+        return [getattr(self, f"map_{i}") for i in range(len(self.receivers))]
+
+    def call(self, inputs: list[Tensor]) -> Tensor:
         source, *receivers = inputs
-        if gradients.in_backpropagation():
+        if _gradients.in_backpropagation():
             return source
-        return gradients.send_error(
+        return _gradients.send_error(
             source, receivers, self.maps, self._carriers
         )
 
-    def compute_output_spec(self, inputs: Any) -> Any:
+    def compute_output_spec(
+        self, inputs: list[keras.KerasTensor]
+    ) -> keras.KerasTensor:
         return keras.KerasTensor(inputs[0].shape, dtype=inputs[0].dtype)
 
-    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
+    def compute_mask(
+        self, inputs: list[Tensor], previous_mask: list[Tensor | None] | None
+    ) -> Tensor | None:
         return None if previous_mask is None else previous_mask[0]
 
-    def load_own_variables(self, store: Any) -> None:
+    def load_own_variables(self, store: Store) -> None:
         if list(store.keys()):  # a file of stock layers has no maps
             super().load_own_variables(store)
 
@@ -206,29 +217,38 @@ class SendError(keras.layers.Layer):
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseMap:
-    """Carries an error by a matrix: `e B`, on e flattened per example.
+class MatrixMap:
+    """Carries an error by matrices: `e B`, on e flattened per example.
 
     Called with an error `(batch, *source)` and the kernel, it returns the
-    error `(batch, *receiver)`.
+    error `(batch, *receiver)`. With a grid, each of its places has a matrix of
+    its own, and the result is resized to the receiver's places.
 
     Attributes:
         source: The shape of the source's error per example.
         receiver: The shape of the receiver's.
+        grid: Places in each dimension of space; `()` for one matrix that gives
+            the whole error.
     """
 
     source: tuple[int, ...]
     receiver: tuple[int, ...]
+    grid: tuple[int, ...] = ()
 
     @property
-    def kernel_shape(self) -> tuple[int, int]:
-        """`(size of source, size of receiver)`."""
-        return math.prod(self.source), math.prod(self.receiver)
+    def kernel_shape(self) -> tuple[int, ...]:
+        """`(*grid, size of source, size of receiver at a place)`."""
+        places = self.receiver[: len(self.grid)]
+        size = math.prod(self.receiver) // math.prod(places)
+        return *self.grid, math.prod(self.source), size
 
-    def __call__(self, error: Any, kernel: Any) -> Any:
-        batch = ops.shape(error)[0]
-        flat = ops.reshape(error, (batch, self.kernel_shape[0]))
-        return ops.reshape(ops.matmul(flat, kernel), (batch, *self.receiver))
+    def __call__(self, error: Tensor, kernel: Tensor) -> Tensor:
+        batch, size = ops.shape(error)[0], math.prod(self.source)
+        flat = ops.reshape(error, (batch, size))
+        error = ops.tensordot(flat, kernel, axes=[[1], [len(self.grid)]])
+        if self.grid:
+            return _resize(error, self.grid, self.receiver[:-1])
+        return ops.reshape(error, (batch, *self.receiver))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,46 +274,12 @@ class ConvolutionalMap:
         window = (self.kernel_size,) * (len(self.source) - 1)
         return *window, self.source[-1], self.receiver[-1]
 
-    def __call__(self, error: Any, kernel: Any) -> Any:
+    def __call__(self, error: Tensor, kernel: Tensor) -> Tensor:
         error = ops.reshape(error, (ops.shape(error)[0], *self.source))
         error = ops.conv(
             error, kernel, padding="same", data_format="channels_last"
         )
         return _resize(error, self.source[:-1], self.receiver[:-1])
-
-
-@dataclasses.dataclass(frozen=True)
-class GridMap:
-    """Carries an error without places to a map: `resize(e B)`.
-
-    Each place of a coarse grid over the receiver has a matrix of its own: e is
-    a map of one place, and B the kernel of a transposed convolution.
-
-    Attributes:
-        source: The shape of the source's error per example.
-        receiver: `(*places, channels)` of the receiver.
-        grid_size: Places of the grid in each dimension of space, at most.
-    """
-
-    source: tuple[int, ...]
-    receiver: tuple[int, ...]
-    grid_size: int
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """The places of the grid: no more than the receiver has."""
-        return tuple(min(self.grid_size, n) for n in self.receiver[:-1])
-
-    @property
-    def kernel_shape(self) -> tuple[int, ...]:
-        """`(*grid, size of source, channels of receiver)`."""
-        return *self.grid, math.prod(self.source), self.receiver[-1]
-
-    def __call__(self, error: Any, kernel: Any) -> Any:
-        size = math.prod(self.source)
-        flat = ops.reshape(error, (ops.shape(error)[0], size))
-        error = ops.tensordot(flat, kernel, axes=[[1], [len(self.grid)]])
-        return _resize(error, self.grid, self.receiver[:-1])
 
 
 def map_between(
@@ -302,7 +288,7 @@ def map_between(
     feedback_maps: str,
     kernel_size: int = 3,
     grid_size: int = 4,
-) -> DenseMap | ConvolutionalMap | GridMap:
+) -> MatrixMap | ConvolutionalMap:
     """What carries an error between tensors of two shapes.
 
     Args:
@@ -321,13 +307,16 @@ def map_between(
     """
     source, receiver = _per_example(source), _per_example(receiver)
     if feedback_maps == "dense" or len(receiver) < 2:
-        return DenseMap(source, receiver)
+        return MatrixMap(source, receiver)
     if len(source) == len(receiver) and math.prod(source[:-1]) > 1:
         return ConvolutionalMap(source, receiver, kernel_size)
-    return GridMap(source, receiver, grid_size)
+    grid = tuple(min(grid_size, places) for places in receiver[:-1])
+    return MatrixMap(source, receiver, grid)
 
 
-def drawn_apart(initializer: Any, stream: int) -> Any:
+def drawn_apart(
+    initializer: keras.initializers.Initializer, stream: int
+) -> keras.initializers.Initializer:
     """The same law for one of several maps: no two of them draw the same.
 
     Args:
@@ -342,7 +331,7 @@ def drawn_apart(initializer: Any, stream: int) -> Any:
     return initializers.reseeded(initializer, stream)
 
 
-def check_feedback_maps(feedback_maps: Any) -> None:
+def check_feedback_maps(feedback_maps: str) -> None:
     """Refuses a kind of maps that there is not.
 
     Raises:
@@ -355,16 +344,18 @@ def check_feedback_maps(feedback_maps: Any) -> None:
         )
 
 
-def _per_example(shape: tuple) -> tuple[int, ...]:
-    if None in shape[1:]:
+def _per_example(shape: tuple | None) -> tuple[int, ...]:
+    if shape is None or None in shape[1:]:
         raise ValueError(
             "A fixed feedback map needs static shapes. Received: a tensor of "
-            f"shape {tuple(shape)}. Give the model an Input of fixed size."
+            f"shape {shape}. Give the model an Input of fixed size."
         )
     return tuple(shape[1:])
 
 
-def _resize(error: Any, before: tuple[int, ...], after: tuple[int, ...]) -> Any:
+def _resize(
+    error: Tensor, before: tuple[int, ...], after: tuple[int, ...]
+) -> Tensor:
     """Nearest neighbours, `(batch, *places, channels)`; keeps the norm."""
     error = error * math.sqrt(math.prod(before) / math.prod(after))
     for axis, (old, new) in enumerate(zip(before, after), start=1):

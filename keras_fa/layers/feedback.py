@@ -3,27 +3,23 @@
 Data flow of one call, for a layer with one kernel:
 
 ```
-kernel W ------------------------------+
-   |                                   v
-   +--> rule(stored B, W) = B --> feedback_op(x, W, B, bias) --> activation
-                                   y  = op(x, W) + bias
-                                   dx = op^T(dy, B)
-                                   dW, dbias of op(x, W) + bias
+kernel W ---------------------> y  = op(x, W) + bias --> activation
+   |                            dW, dbias of op(x, W) + bias
+   +--> B = rule(stored B, W) -> dx = op^T(dy, B)
 ```
 
-`op` is the stock layer's own `call`, run with other tensors in the place of
-its weights and with a linear activation, so that all that a stock layer can do
-(strides, groups, causal padding, ...) is kept, and a layer kind is a class
-statement.
+`op` is the stock layer's own `call`, run on a copy of the layer that has
+tensors in the place of its weights and no activation, so that all that a stock
+layer can do (strides, groups, causal padding, ...) is kept, and a layer kind
+is a class statement.
 """
 
-import contextlib
 import copy
 import inspect
 import re
 from collections.abc import Callable
 from collections.abc import Iterator
-from typing import Any
+from collections.abc import Mapping
 from typing import ClassVar
 from typing import NoReturn
 
@@ -31,10 +27,15 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fa import _gradients
 from keras_fa import constraints
-from keras_fa import gradients
 from keras_fa import initializers
 from keras_fa import regularizers
+from keras_fa._types import AddWeight
+from keras_fa._types import Draw
+from keras_fa._types import Identifier
+from keras_fa._types import Store
+from keras_fa._types import Tensor
 
 _FEEDBACK_ARGUMENTS = (
     "feedback_initializer",
@@ -44,17 +45,27 @@ _FEEDBACK_ARGUMENTS = (
 _REFUSED_ARGUMENTS = ("lora_rank", "lora_alpha", "quantization_config")
 
 
-class FeedbackPath(keras.layers.Layer):
+class FeedbackPath:
     """The way down for the error of one kernel, part of an FA layer.
 
-    It holds the stored feedback kernel, the rule that makes B of it, and the
-    kernel's own constraint, and saves what these remember.
+    Its variables are weights of the layer, so that whatever Keras does with a
+    layer's weights it does with them.
+
+    Args:
+        kernel: The forward kernel, a variable of the FA layer.
+        rule: The `FeedbackConstraint` of this path, or `None` for FA.
+        units: As for `KernelConstraint.build`.
+        add_weight: The layer's.
+        draw: What the stored feedback kernel starts from; `None` where none
+            is stored.
 
     Attributes:
-        kernel: The forward kernel, a variable of the FA layer.
-        feedback_kernel: The stored weight; `None` where nothing is stored. A
-            scalar where the magnitude is one for the whole kernel.
-        rule: The `FeedbackConstraint` of this path, or `None` for FA.
+        kernel: The forward kernel.
+        feedback_kernel: The stored weight; `None` where nothing is stored.
+        rule: The rule.
+        attributes: What the layer is to have as attributes, by name: the
+            stored feedback kernel, what the rule keeps, and what the kernel's
+            constraint remembers where that is a weight.
     """
 
     def __init__(
@@ -62,76 +73,56 @@ class FeedbackPath(keras.layers.Layer):
         kernel: keras.Variable,
         rule: constraints.FeedbackConstraint | None,
         units: np.ndarray,
-        **kwargs: Any,
+        add_weight: AddWeight,
+        draw: Draw | None,
     ) -> None:
-        super().__init__(**kwargs)
-        # A function, since an attribute would be tracked as a second owner.
-        self._forward = lambda: kernel
+        self.kernel = kernel
         self.rule = rule
         self.feedback_kernel = None
-        self._follows_norm = False
-        self._constraint = kernel.constraint
-        if isinstance(self._constraint, constraints.KernelConstraint):
-            self._constraint.build(kernel, units)
+        self.constraint = kernel.constraint
+        self.attributes = {}
+        if draw is not None:
+            distribution = keras.distribution.distribution()
+            self.feedback_kernel = keras.Variable(
+                shape=kernel.shape,
+                initializer=draw,
+                dtype=kernel.dtype,
+                trainable=False,
+                autocast=False,
+                # Replicas hold the same values, so any one may assign them.
+                aggregation="only_first_replica",
+                name=f"{kernel.name}_feedback",
+                # Sharded as its kernel is; layout maps go by the path.
+                layout=distribution
+                and distribution.get_variable_layout(kernel),
+            )
+            self.attributes["feedback_kernel"] = self.feedback_kernel
         if rule is not None:
-            rule.build()
-            # Random state belongs to the layer, for Keras to carry along.
-            self._seed_generator = getattr(rule, "seed_generator", None)
-        # Not Keras weights, yet the exported graph refers to them.
-        self._exported = gradients.exported(list(self.memory.values()))
-        self.built = True
+            self.attributes |= _kept_by(rule, kernel, add_weight)
+        if isinstance(self.constraint, constraints.KernelConstraint):
+            if _gradients.TRACKS_CONSTRAINTS:
+                self.constraint.build(kernel, units, add_weight)
+                self.attributes |= self.constraint.state
+            else:
+                self.constraint.build(kernel, units)
 
     @property
-    def kernel(self) -> keras.Variable:
-        return self._forward()
-
-    def store(
-        self, initializer: Any, kernel_initializer: Any, regularizer: Any
-    ) -> None:
-        """Adds the stored feedback kernel.
-
-        Args:
-            initializer: The layer's `feedback_initializer`.
-            kernel_initializer: The one that the kernel was drawn from.
-            regularizer: A stock regularizer of the stored kernel, or `None`.
-        """
-        shape = self.kernel.shape
-        if initializers.is_constant(initializer):
-            shape = ()
-            self._follows_norm = isinstance(
-                initializer, initializers.KernelMagnitude
-            )
-        if self._follows_norm:
-
-            def draw(shape, dtype=None):
-                return self._matched_magnitude()
-        else:
-            draw = initializers.independent(
-                initializer, kernel_initializer, self.kernel.path
-            )
-        self.feedback_kernel = self.add_weight(
-            shape=shape,
-            initializer=draw,
-            regularizer=regularizer,
-            dtype=self.kernel.dtype,
-            trainable=False,
-            autocast=False,
-            # Replicas hold the same kernel, so any one may assign it.
-            aggregation="only_first_replica",
-            name=f"feedback_{self.kernel.name}",
-        )
+    def variables(self) -> dict[str, keras.Variable]:
+        """All that this path keeps, by name, in one order."""
+        variables = {
+            name: getattr(value, "state", value)
+            for name, value in self.attributes.items()
+        }
+        if isinstance(self.constraint, constraints.KernelConstraint):
+            variables |= self.constraint.state
+        return variables
 
     @property
     def tied(self) -> bool:
         """Whether the error takes the forward kernel itself."""
         return isinstance(self.rule, constraints.TiedKernel)
 
-    @property
-    def excitatory(self) -> Any:
-        """Which fixed signs are positive, a boolean variable, or `None`."""
-        return self.memory.get("excitatory")
-
-    def effective(self, kernel: Any) -> Any:
+    def effective(self, kernel: Tensor) -> Tensor:
         """B for a forward kernel W: what carries the error.
 
         Args:
@@ -140,113 +131,48 @@ class FeedbackPath(keras.layers.Layer):
         Returns:
             A tensor with the shape and dtype of `kernel`.
         """
-        feedback = self._apply_rule(self._stored(), self._full(kernel))
-        return ops.stop_gradient(ops.cast(feedback, kernel.dtype))
-
-    @property
-    def _full_dtype(self) -> str:
-        """The precision that rules work in: half is too little for norms."""
-        return keras.backend.result_type(self.variable_dtype, "float32")
-
-    def _full(self, tensor: Any) -> Any:
-        return ops.cast(tensor, self._full_dtype)
-
-    def _stored(self) -> Any:
-        if self.feedback_kernel is None:
-            return None
-        return self._full(self.feedback_kernel)
-
-    def _apply_rule(self, feedback_kernel: Any, kernel: Any) -> Any:
-        feedback = feedback_kernel
+        feedback = self.feedback_kernel
         if self.rule is not None:
-            feedback = self.rule(feedback_kernel, self.signed(kernel))
-        if tuple(feedback.shape) not in ((), tuple(kernel.shape)):
+            # Half precision is too little for norms.
+            full = keras.backend.result_type(self.kernel.dtype, "float32")
+            if feedback is not None:
+                feedback = ops.cast(feedback, full)
+            feedback = self.rule(feedback, self.signed(ops.cast(kernel, full)))
+        if tuple(feedback.shape) != tuple(kernel.shape):
             raise ValueError(
                 f"{type(self.rule).__name__} must return a kernel of the shape "
                 f"{tuple(kernel.shape)}. Received: {tuple(feedback.shape)}"
             )
-        return ops.broadcast_to(feedback, kernel.shape)
+        return ops.cast(feedback, kernel.dtype)
 
-    def signed(self, kernel: Any) -> Any:
+    def signed(self, kernel: Tensor) -> Tensor:
         """W as rules see it: under fixed signs, zeros have theirs."""
-        if self.excitatory is None:
-            return kernel
-        excitatory = gradients.recall(self.excitatory, kernel)
-        least = float(np.finfo("float32").tiny)
-        size = ops.maximum(ops.abs(kernel), least)
-        return ops.where(excitatory, size, -size)
-
-    def matched_feedback_kernel(self) -> Any:
-        """The stored feedback kernel, scaled so that `||B|| = ||W||`."""
-        if self.feedback_kernel.shape == ():
-            return self._matched_magnitude()
-        stored = self._stored()
-        ratio = self._norm_ratio(stored)
-        # A kernel that is zero for now must not wipe out what is stored.
-        ratio = ops.where(ratio > 0, ratio, ops.ones_like(ratio))
-        return ops.cast(stored * ratio, self.variable_dtype)
-
-    def _matched_magnitude(self) -> Any:
-        """`||W|| / ||rule(1, W)||`, of the kernel alone: it starts from it."""
-        ratio = self._norm_ratio(ops.ones((), dtype=self._full_dtype))
-        return ops.cast(ratio, self.variable_dtype)
-
-    def _norm_ratio(self, stored: Any) -> Any:
-        """`||W|| / ||B||` with the B that comes of a stored kernel."""
-        kernel = self._full(self.kernel)
-        return ops.divide_no_nan(
-            constraints.kernel_norm(kernel),
-            constraints.kernel_norm(self._apply_rule(stored, kernel)),
-        )
+        for part in constraints.parts_of(self.constraint):
+            if isinstance(part, constraints.FixedSign):
+                return part.signed(kernel)
+        return kernel
 
     def refresh(self) -> None:
-        """Takes signs, norms and the matched magnitude anew from the kernel."""
-        if isinstance(self._constraint, constraints.KernelConstraint):
-            self._constraint.refresh(self.kernel)
-        if self._follows_norm:
-            self.feedback_kernel.assign(self.matched_feedback_kernel())
+        """Takes fixed signs and norms anew from the kernel."""
+        if isinstance(self.constraint, constraints.KernelConstraint):
+            self.constraint.refresh(self.kernel)
 
-    def quantize(self, mode: str | None = None, *args: Any, **kwargs: Any):
-        """Not supported; raises a `ValueError`. `Model.quantize` comes here."""
-        _refuse(self.kernel.path, f"quantize(mode={mode!r})")
+    def warn_if_stale(self) -> None:
+        """Warns where a step's constants are those of another kernel."""
 
-    @property
-    def memory(self) -> dict[str, keras.Variable]:
-        """What the kernel's constraint remembers, by name.
+        def holds() -> Tensor:
+            kernel = ops.convert_to_tensor(self.kernel)
+            return self.constraint.holds(ops.stop_gradient(kernel))
 
-        These variables are not among a model's own: an optimizer that calls
-        the constraint has to find them where it finds no other state.
-        """
-        if isinstance(self._constraint, constraints.KernelConstraint):
-            return self._constraint.state
-        return {}
-
-    def _state(self) -> dict[str, keras.Variable]:
-        if self.feedback_kernel is None:
-            return self.memory
-        return {**self.memory, "feedback_kernel": self.feedback_kernel}
-
-    def save_own_variables(self, store: Any) -> None:
-        for name, variable in self._state().items():
-            store[name] = variable
-
-    def load_own_variables(self, store: Any) -> None:
-        saved = {name: store[name] for name in list(store.keys())}
-        if not saved and not _is_of_fa_layer(store):
-            self.refresh()  # a file of stock layers: only the kernel came
-            return
-        state = self._state()
-        given = {name: np.shape(value) for name, value in saved.items()}
-        wanted = {name: tuple(value.shape) for name, value in state.items()}
-        if given != wanted:
-            raise ValueError(
-                "The weights file was written under another method. The "
-                f"feedback path of '{self.kernel.path}' holds {wanted}. "
-                f"Received: {given}. Load the file into a model of the method "
-                "that it was saved from."
+        if isinstance(self.constraint, constraints.KernelConstraint):
+            _gradients.warn_unless(
+                holds,
+                f"The weights of '{self.kernel.path}' do not have the signs or "
+                "the norm that were fixed for them: they came from elsewhere, "
+                "in a way that Keras does not tell a layer of. The update "
+                "changes them to what was fixed. Call "
+                "`keras_fa.refresh(model)` after setting weights.",
             )
-        for name, variable in state.items():
-            gradients.remember(variable, saved[name])
 
 
 class FeedbackLayer:
@@ -257,10 +183,12 @@ class FeedbackLayer:
         feedback_initializer: How the stored feedback kernel starts. `None`
             (default): drawn from the kernel's law, independently of the
             kernel. `"constant"`: one magnitude that gives B_0 the norm of W_0.
-            Else a Keras initializer; a constant one is stored as a scalar.
-        feedback_regularizer: `None` (default), a `FeedbackRegularizer` such as
-            `"alignment"`, or a stock regularizer, which (as with any Keras
-            weight) acts only where the feedback kernel is trainable.
+            Else a Keras initializer. An instance that several layers are
+            given draws other values for each.
+        feedback_regularizer: `None` (default) or a `FeedbackRegularizer` such
+            as `"alignment"`, a penalty on the pair of feedback and forward
+            kernel. A stock regularizer is kept, and moves nothing: feedback
+            kernels are not trained.
         feedback_constraint: The rule that gives B. `None` (default) is the
             stored kernel itself: FA. Else a `FeedbackConstraint`, its name
             (`"sign_concordance"`, `"tied_kernel"`, `"noisy_kernel"`), or a
@@ -268,17 +196,26 @@ class FeedbackLayer:
         **kwargs: As for the stock layer. Kernel constraints may be names of
             `keras_fa.constraints` or a list of constraints.
 
+    Attributes:
+        stock_peers: The names of the layers of the stock layer's class, in the
+            order of the stock model, where `convert` made this layer. A stock
+            weights file with just these layers of this class is loaded. Else
+            one in which layers of the class have equal shapes is refused: in a
+            model that mixes stock and FA layers Keras might take one's weights
+            for another's. `keras_fa.load_stock_weights` loads any file.
+
     Raises:
-        ValueError: For LoRA and for quantization, which replace the kernel
-            that a feedback path belongs to.
+        ValueError: For LoRA, which replaces the kernel that a feedback path
+            belongs to, and for a quantized dtype policy.
     """
 
     kernel_names: ClassVar[tuple[str, ...]] = ("kernel",)
     kernel_constraint_arguments: ClassVar[tuple[str, ...]] = (
         "kernel_constraint",
     )
+    stock_peers: tuple[str, ...] = ()
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if issubclass(cls, keras.layers.Layer):
             # A subclass with an __init__ of its own has that one's.
@@ -287,35 +224,46 @@ class FeedbackLayer:
 
     def __init__(
         self,
-        *args: Any,
-        feedback_initializer: Any = None,
-        feedback_regularizer: Any = None,
-        feedback_constraint: Any = None,
-        **kwargs: Any,
+        *args: object,
+        feedback_initializer: Identifier = None,
+        feedback_regularizer: Identifier = None,
+        feedback_constraint: Identifier = None,
+        **kwargs: object,
     ) -> None:
+        given = inspect.signature(super().__init__).bind(*args, **kwargs)
+        named = given.arguments.get("kwargs", {})
         for name in _REFUSED_ARGUMENTS:
-            if kwargs.get(name) is not None:
-                _refuse(type(self).__name__, f"{name}={kwargs[name]}")
+            value = given.arguments.get(name, named.get(name))
+            if value is not None:
+                _refuse(type(self).__name__, f"{name}={value}")
         for name in self.kernel_constraint_arguments:
-            if name in kwargs:
-                kwargs[name] = constraints.get_kernel_constraint(kwargs[name])
-        super().__init__(*args, **kwargs)
+            if name in given.arguments:
+                given.arguments[name] = _own_constraint(given.arguments[name])
+        super().__init__(*given.args, **given.kwargs)
         if getattr(self, "quantization_mode", None) is not None:
             _refuse(type(self).__name__, f"dtype={self.dtype_policy.name}")
-        self.feedback_initializer = initializers.get(feedback_initializer)
+        self.feedback_initializer = initializers.drawn_apart(
+            initializers.get(feedback_initializer)
+        )
         self.feedback_regularizer = regularizers.get(feedback_regularizer)
-        self.feedback_constraint = constraints.get(feedback_constraint)
+        self.feedback_constraint = copy.copy(
+            initializers.drawn_apart(constraints.get(feedback_constraint))
+        )
         self._drawn_from = {}
 
-    def enable_lora(self, rank: int, *args: Any, **kwargs: Any) -> None:
+    def enable_lora(self, rank: int, *args: object, **kwargs: object) -> None:
         """Not supported; raises a `ValueError`."""
         _refuse(type(self).__name__, f"enable_lora(rank={rank})")
 
-    def quantize(self, mode: str | None = None, *args: Any, **kwargs: Any):
-        """Not supported; raises a `ValueError`."""
-        _refuse(type(self).__name__, f"quantize(mode={mode!r})")
+    def quantize(
+        self, mode: str | None = None, *args: object, **kwargs: object
+    ) -> None:
+        """Not supported; `Model.quantize` warns and leaves this layer as is."""
+        raise NotImplementedError(_UNSUPPORTED.format(self.name, f"{mode=}"))
 
-    def add_weight(self, *args: Any, name: Any = None, **kwargs: Any) -> Any:
+    def add_weight(
+        self, *args: object, name: str | None = None, **kwargs: object
+    ) -> keras.Variable:
         """As `keras.layers.Layer.add_weight`.
 
         Gives each kernel its own copy of its constraint, and remembers what
@@ -329,49 +277,71 @@ class FeedbackLayer:
             )
             self._drawn_from[name] = initializer
             if hasattr(constraint, "initial_kernel"):
-                initializer = self._constrained(name, initializer, constraint)
-            kwargs.update(constraint=constraint, initializer=initializer)
+
+                def draw(shape: tuple, dtype: str | None = None) -> Tensor:
+                    units = self.presynaptic_units(name, shape)
+                    drawn = initializer(shape, dtype)
+                    return constraint.initial_kernel(drawn, units)
+
+                kwargs["initializer"] = draw
+            kwargs["constraint"] = constraint
         return super().add_weight(*args, name=name, **kwargs)
 
-    def _constrained(
-        self, name: str, initializer: Any, constraint: Any
-    ) -> Callable:
-        def draw(shape, dtype=None):
-            units = self.presynaptic_units(name, shape)
-            return constraint.initial_kernel(initializer(shape, dtype), units)
-
-        return draw
-
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: tuple) -> None:
         """As the stock layer's `build`, then adds the feedback weights."""
         super().build(input_shape)
-        self.feedback_paths = [
-            self._build_path(name) for name in self.kernel_names
-        ]
+        try:
+            for name in self.kernel_names:
+                setattr(self, f"_{name}_path", self._path_of(name))
+        except Exception:
+            self.built = False  # no half-built layer is left behind
+            raise
 
-    def _build_path(self, name: str) -> FeedbackPath:
+    def _path_of(self, name: str) -> FeedbackPath:
         kernel = getattr(self, name)
-        path = FeedbackPath(
-            kernel,
-            rule=copy.copy(self.feedback_constraint),
-            units=self.presynaptic_units(name, kernel.shape),
-            dtype=self.dtype_policy,
-            name="feedback",
-        )
+        rule = copy.copy(self.feedback_constraint)
         pairwise = isinstance(
             self.feedback_regularizer, regularizers.FeedbackRegularizer
         )
-        if path.rule is None or path.rule.stores_feedback_kernel or pairwise:
-            path.store(
-                self.feedback_initializer,
-                self._drawn_from[name],
-                None if pairwise else self.feedback_regularizer,
-            )
+        draw = None
+        if rule is None or rule.stores_feedback_kernel or pairwise:
+            draw = self._draw_feedback(kernel, self._drawn_from[name], rule)
+
+        def add_weight(**kwargs: object) -> keras.Variable:
+            shared = {"trainable": False, "aggregation": "only_first_replica"}
+            return self.add_weight(**{**shared, **kwargs})
+
+        units = self.presynaptic_units(name, kernel.shape)
+        path = FeedbackPath(kernel, rule, units, add_weight, draw)
+        # Keras finds a variable as an attribute, and tf.train.Checkpoint in no
+        # other way.
+        for key, value in path.attributes.items():
+            setattr(self, f"_{name}_{key}", value)
         if pairwise:
             kernel.regularizer = _with_feedback(
                 kernel.regularizer, self.feedback_regularizer, path
             )
         return path
+
+    def _draw_feedback(
+        self,
+        kernel: keras.Variable,
+        kernel_initializer: Callable,
+        rule: constraints.FeedbackConstraint | None,
+    ) -> Draw:
+        given = self.feedback_initializer
+        if not isinstance(given, initializers.KernelMagnitude):
+            return initializers.independent(
+                given, kernel_initializer, kernel.path
+            )
+
+        def draw(shape: tuple, dtype: str | None = None) -> Tensor:
+            ones = ops.ones(shape, dtype)
+            carried = ones if rule is None else rule(ones, kernel)
+            norms = map(constraints.kernel_norm, (kernel, carried))
+            return ops.divide_no_nan(*norms) * ones
+
+        return draw
 
     def presynaptic_units(self, name: str, shape: tuple) -> np.ndarray:
         """The index of the presynaptic unit of each weight of a kernel.
@@ -385,69 +355,72 @@ class FeedbackLayer:
         """
         return constraints.units_along(shape, -2)
 
-    def call(self, inputs: Any) -> Any:
+    def call(self, inputs: Tensor, *args: object, **kwargs: object) -> Tensor:
         """As the stock layer's `call`; errors go through the feedback."""
-        exact = gradients.in_backpropagation() or all(
-            path.tied for path in self.feedback_paths
-        )
+        paths = self.feedback_paths
+        for path in paths:
+            path.warn_if_stale()
+        exact = _gradients.in_backpropagation() or all(p.tied for p in paths)
         if exact:
-            return super().call(inputs)
-        if gradients.is_sparse(inputs):
-            raise ValueError(
-                "FA layers take dense inputs: an error has no sparse form. "
-                f"Received: a {type(inputs).__name__} of shape {inputs.shape}. "
-                "Make it dense first, or use `keras.Input(sparse=False)`."
-            )
-        # Read once: B is made of the very W that the output is computed with.
-        kernels = [ops.copy(path.kernel) for path in self.feedback_paths]
-        feedback = [
-            path.effective(kernel)
-            for path, kernel in zip(self.feedback_paths, kernels)
-        ]
+            return super().call(inputs, *args, **kwargs)
+        sparse = _gradients.without_error(inputs)
+        if sparse is not None:  # there is nothing below to send an error to
+            return super().call(sparse, *args, **kwargs)
+        # What the stock call does not take is refused as it refuses it.
+        inspect.signature(super().call).bind(inputs, *args, **kwargs)
+        # Each read once: B is made of the very W that y is computed with.
+        kernels = [ops.convert_to_tensor(path.kernel) for path in paths]
         biases = [] if self.bias is None else [self.bias]
-        outputs = gradients.feedback_op(
-            self._linear_op,
-            inputs,
-            kernels,
-            feedback,
-            [ops.convert_to_tensor(bias) for bias in biases],
+        biases = [ops.convert_to_tensor(bias) for bias in biases]
+        outputs = _gradients.feedback_op(
+            self._linear_op, self._effective, inputs, kernels, biases
         )
         if self.activation is not None:
             outputs = self.activation(outputs)
         return outputs
 
-    def _linear_op(self, inputs: Any, kernels: list, biases: list) -> Any:
+    def _linear_op(self, x: Tensor, kernels: list, biases: list) -> Tensor:
         """The stock layer's `call` without its activation, on tensors."""
-        variables = [path.kernel for path in self.feedback_paths]
+        tensors = {
+            id(path.kernel): kernel
+            for path, kernel in zip(self.feedback_paths, kernels)
+        }
         if biases:
-            variables.append(self.bias)
-        scope = keras.StatelessScope(
-            list(zip(variables, [*kernels, *biases])),
-            initialize_variables=False,
-        )
-        with scope, self._linear():
-            return super().call(inputs)
+            tensors[id(self.bias)] = biases[0]
+        linear = object.__new__(type(self))
+        for name, value in vars(self).items():
+            vars(linear)[name] = tensors.get(id(value), value)
+        vars(linear)["activation"] = None
+        return super(FeedbackLayer, linear).call(x)
 
-    @contextlib.contextmanager
-    def _linear(self) -> Iterator[None]:
-        activation = self.activation
-        self.activation = None
-        try:
-            yield
-        finally:
-            self.activation = activation
+    def _effective(self, kernels: list[Tensor]) -> list[Tensor]:
+        """The kernels B that carry the error, for the kernels W."""
+        return [
+            path.effective(kernel)
+            for path, kernel in zip(self.feedback_paths, kernels)
+        ]
 
     @property
-    def feedback_kernel(self) -> Any:
+    def feedback_paths(self) -> list[FeedbackPath]:
+        """The feedback path of each kernel, in the order of the kernels."""
+        if not self.built:
+            raise AttributeError(
+                f"{type(self).__name__} '{self.name}' has no feedback kernel "
+                "yet. Build the layer first, by calling it or with "
+                "`layer.build(input_shape)`."
+            )
+        return [getattr(self, f"_{name}_path") for name in self.kernel_names]
+
+    @property
+    def feedback_kernel(self) -> keras.Variable | tuple | None:
         """The stored feedback kernel, or `None` where nothing is stored.
 
-        A non-trainable variable of the kernel's shape, or a scalar where the
-        feedback has one magnitude. A tuple, in the order of the kernels, for
-        layers with two (depthwise and pointwise).
+        A non-trainable variable of the kernel's shape. A tuple, in the order
+        of the kernels, for layers with two (depthwise and pointwise).
         """
-        return self._one_or_all(path.feedback_kernel for path in self._paths())
+        return _one_or_all(path.feedback_kernel for path in self.feedback_paths)
 
-    def effective_feedback_kernel(self) -> Any:
+    def effective_feedback_kernel(self) -> Tensor | tuple:
         """B, the kernel that carries the error now.
 
         Returns:
@@ -455,39 +428,107 @@ class FeedbackLayer:
             them for layers with two kernels. Reading it advances no random
             state: under `NoisyKernel` it is what the next step will use.
         """
-        with gradients.isolated(self.variables):
-            return self._one_or_all(
+        with _gradients.isolated(self.variables):
+            return _one_or_all(
                 path.effective(ops.convert_to_tensor(path.kernel))
-                for path in self._paths()
+                for path in self.feedback_paths
             )
 
     def refresh(self) -> None:
         """Takes what this layer remembers of its kernels anew from them.
 
-        The fixed signs of E/I, the norm of Const. and a matched constant
-        magnitude. Call it after a bare `set_weights` with weights of another
-        model; loading a weights file does it by itself.
+        The fixed signs of E/I and the norm of Const. Call it after a bare
+        `set_weights` with weights of another model; loading a weights file
+        does it by itself.
         """
-        for path in self._paths():
+        for path in self.feedback_paths:
             path.refresh()
 
-    def _paths(self) -> list[FeedbackPath]:
+    def save_own_variables(self, store: Store) -> None:
+        """Saves what the stock layer does, and what the feedback adds."""
+        for name, variable in (self._stock_state() | self._state()).items():
+            store[name] = variable
+
+    def load_own_variables(self, store: Store) -> None:
+        """Loads what `save_own_variables` or a stock layer has saved.
+
+        Raises:
+            ValueError: If the file holds more or other weights than this
+                layer, or comes from a stock model and it is not known which
+                weights of it are this layer's.
+        """
         if not self.built:
-            raise AttributeError(
-                f"{type(self).__name__} '{self.name}' has no feedback kernel "
-                "yet. Build the layer first, by calling it or with "
-                "`layer.build(input_shape)`."
+            super().load_own_variables(store)  # Keras says what is wrong
+            return
+        of_stock = not list(store.keys())
+        if of_stock:
+            store = self._stock_entry(store)
+        stock, ours = self._stock_state(), self._state()
+        given = set(store.keys())
+        prefixes = tuple(f"{name}_" for name in self.kernel_names)
+        feedback = {name for name in given if name.startswith(prefixes)}
+        wanted = set() if of_stock else set(ours)
+        of_keras = {name for name in given if name.isdigit()}
+        if feedback != wanted or of_keras != stock.keys():
+            raise ValueError(
+                "The weights file was written under another method or by "
+                f"another layer. Layer '{self.name}' ({type(self).__name__}) "
+                f"holds {', '.join([*stock, *ours])}. Received: "
+                f"{', '.join(sorted(given))}. Load the file into a model like "
+                "the one that it was saved from."
             )
-        return self.feedback_paths
+        for name, variable in stock.items():
+            variable.assign(store[name])
+        self.refresh()  # a stock file lacks what follows from the kernel
+        for name in feedback:
+            _gradients.remember(ours[name], store[name])
 
-    @staticmethod
-    def _one_or_all(values: Iterator) -> Any:
-        values = tuple(values)
-        return values[0] if len(values) == 1 else values
+    def _stock_state(self) -> dict[str, keras.Variable]:
+        """What the stock layer saves, under the names that it saves it by."""
+        own = {}
+        super().save_own_variables(own)
+        ours = {id(variable) for variable in self._state().values()}
+        return {k: v for k, v in own.items() if id(v) not in ours}
 
-    def load_own_variables(self, store: Any) -> None:
-        """As the stock layer's; files of stock layers load too."""
-        super().load_own_variables(_own_or_stock_entry(store))
+    def _state(self) -> dict[str, keras.Variable]:
+        """What the feedback adds to a layer, by name."""
+        if not self.built:
+            return {}
+        return {
+            f"{name}_{key}": variable
+            for name, path in zip(self.kernel_names, self.feedback_paths)
+            for key, variable in path.variables.items()
+        }
+
+    def _stock_entry(self, store: Store) -> Store:
+        """Where a stock model's file has the layer of this name."""
+        names, shapes = {}, {}
+
+        def visit(path: str, group: Mapping) -> None:
+            if path.endswith("/vars"):
+                entry = path.removesuffix("/vars")
+                names[entry] = group.attrs.get("name")
+                shapes[entry] = tuple(v.shape for v in group.values())
+
+        if hasattr(store, "h5_file"):
+            store.h5_file.visititems(visit)
+        found = [entry for entry, name in names.items() if name == self.name]
+        if len(found) == 1:
+            # Keras numbers the layers of a class: dense, dense_1, ...
+            kind = re.sub(r"_\d+$", "", found[0])
+            alike = [e for e in names if re.sub(r"_\d+$", "", e) == kind]
+            alike.sort(key=lambda entry: (len(entry), entry))
+            peers = [names[entry] for entry in alike]
+            distinct = len({shapes[entry] for entry in alike}) == len(alike)
+            if peers == list(self.stock_peers) or (
+                distinct and not self.stock_peers
+            ):
+                return store.get(found[0])
+        raise ValueError(
+            f"It is not known which weights of the file are those of layer "
+            f"'{self.name}' ({type(self).__name__}). If it is a stock model's, "
+            "load it with `keras_fa.load_stock_weights(model, filepath)`."
+        )
 
     def get_config(self) -> dict:
         serialize = keras.saving.serialize_keras_object
@@ -500,41 +541,75 @@ class FeedbackLayer:
         }
 
 
+_UNSUPPORTED = (
+    "FA layers support neither LoRA nor quantization, which replace the kernel "
+    "that a feedback path belongs to. Train first, then use "
+    "`keras_fa.to_backprop(model)` and go on with the plain Keras model. "
+    "Received, for {}: {}"
+)
+
+
 def _refuse(owner: str, given: str) -> NoReturn:
-    raise ValueError(
-        f"{owner} supports neither LoRA nor quantization, which replace the "
-        "kernel that its feedback path belongs to. Train first, then use "
-        "`keras_fa.to_backprop(model)` and go on with the plain Keras model. "
-        f"Received: {given}"
-    )
+    raise ValueError(_UNSUPPORTED.format(owner, given))
 
 
-def _own_or_stock_entry(store: Any) -> Any:
-    """Where a weights file keeps a layer: under our class's name or stock's.
+def _kept_by(
+    rule: constraints.FeedbackConstraint,
+    kernel: keras.Variable,
+    add_weight: AddWeight,
+) -> dict[str, keras.Variable | keras.random.SeedGenerator]:
+    """Builds a rule; what it keeps, by the names of its attributes."""
+    made = []
 
-    Keras names the entries of a file after the layers' classes, so the stock
-    twin of `layers/fa_dense_1` is `layers/dense_1`.
-    """
-    path = getattr(store, "_h5_entry_path", None)
-    if path is None or list(store.keys()):
-        return store
-    return store.get(re.sub(r"(^|/)fa_([^/]*)$", r"\1\2", path))
+    def add(**kwargs: object) -> keras.Variable:
+        made.append(add_weight(**kwargs))
+        return made[-1]
+
+    rule.build(kernel, add)
+    kept = {
+        name: value
+        for name, value in vars(rule).items()
+        if isinstance(value, keras.Variable | keras.random.SeedGenerator)
+    }
+    taken = _TAKEN & kept.keys()
+    if taken or len(made) > sum(
+        any(v is m for m in made) for v in kept.values()
+    ):
+        raise ValueError(
+            f"{type(rule).__name__}.build has to assign each weight that it "
+            "adds to an attribute of its own, by a name that is not one of "
+            f"{', '.join(sorted(_TAKEN))}: by that name it is saved. Received: "
+            f"{len(made)} weights, and attributes {', '.join(kept) or 'none'}."
+        )
+    return kept
 
 
-def _is_of_fa_layer(store: Any) -> bool:
-    """Whether the entry of a feedback path is below that of an FA class."""
-    path = getattr(store, "_h5_entry_path", None) or ""
-    layer = path.rpartition("/feedback_paths/")[0]
-    ours = layer.rpartition("/")[2].startswith("fa_")
-    return ours and layer in store.h5_file
+# Names of what a layer keeps for each kernel besides.
+_TAKEN = {"feedback_kernel", "path", "excitatory", "norm"}
+
+
+def _own_constraint(identifier: Identifier) -> Callable | None:
+    """A layer's own kernel constraint: shared instances draw other units."""
+    constraint = constraints.get_kernel_constraint(identifier)
+    if isinstance(constraint, constraints.Chain):
+        parts = map(initializers.drawn_apart, constraint.constraints)
+        return constraints.Chain(list(parts))
+    return initializers.drawn_apart(constraint)
+
+
+def _one_or_all(values: Iterator) -> object:
+    values = tuple(values)
+    return values[0] if len(values) == 1 else values
 
 
 def _with_feedback(
-    regularizer: Any, feedback_regularizer: Any, path: FeedbackPath
-) -> Callable[[Any], Any]:
+    regularizer: Callable | None,
+    feedback_regularizer: regularizers.FeedbackRegularizer,
+    path: FeedbackPath,
+) -> Callable[[Tensor], Tensor]:
     """A kernel's own penalty plus that on it and its feedback kernel."""
 
-    def penalty(kernel):
+    def penalty(kernel: Tensor) -> Tensor:
         total = feedback_regularizer(path.feedback_kernel, kernel)
         return total if regularizer is None else total + regularizer(kernel)
 
@@ -575,6 +650,8 @@ def feedback_layers(layer: keras.layers.Layer) -> list[FeedbackLayer]:
 
 def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """A layer and all layers in it, however deep, each once."""
+    # Keras's own walk, private: a public one would have to know every kind of
+    # container that layers are held in.
     return list(layer._flatten_layers())
 
 
@@ -583,13 +660,8 @@ def all_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
 
     Its own variables, and what the constraints of its kernels remember.
     """
-    return [
-        *layer.variables,
-        *(
-            variable
-            for inner in feedback_layers(layer)
-            if inner.built
-            for path in inner.feedback_paths
-            for variable in path.memory.values()
-        ),
-    ]
+    variables = {id(v): v for v in layer.variables}
+    for inner in feedback_layers(layer):
+        for path in inner.feedback_paths if inner.built else ():
+            variables |= {id(v): v for v in path.variables.values()}
+    return list(variables.values())

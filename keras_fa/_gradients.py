@@ -1,0 +1,199 @@
+"""The error path, in one place for every backend.
+
+Backpropagation sends the error `dy` that arrives at a layer down through the
+transpose of the layer's own kernel, `dx = op^T(dy, W)`. Feedback alignment
+sends it through another kernel, `dx = op^T(dy, B)`, and leaves the rest as it
+is: the output is `op(x, W)` and the kernel's own gradient is the true local
+product of `x` and `dy`.
+
+All that the package needs of a backend's automatic differentiation is what the
+modules `_tensorflow` and `_jax` define:
+
+- `custom_gradient`: a function with a gradient of its own;
+- `read`: the value of a variable, as a tensor;
+- `held`: a layer's method, as such a function may hold it;
+- `pullback`: the gradient of a function for the error at its output;
+- `gradients_of`: the gradients of a loss with respect to variables;
+- `compiled`: a function compiled for the backend;
+- `synchronize`: the weights of a model that is being trained, made readable;
+- `sum_of_squares`: of a kernel, the fastest way;
+- `without_error`: a sparse input that sends no error down;
+- `TRACKS_CONSTRAINTS`, `recall`, `remember`, `warn_unless`: how a compiled
+  training step gets at what a kernel's constraint remembers.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
+
+import keras
+
+from keras_fa._types import Feedback
+from keras_fa._types import LinearOp
+from keras_fa._types import Tensor
+
+if keras.backend.backend() == "tensorflow":
+    from keras_fa import _tensorflow as _backend
+elif keras.backend.backend() == "jax":
+    from keras_fa import _jax as _backend
+else:
+    raise ImportError(
+        "keras_fa runs on Keras's backends tensorflow and jax. Received: "
+        f"KERAS_BACKEND={keras.backend.backend()}. Set KERAS_BACKEND=tensorflow"
+        " or jax in the environment, or `backend` in keras.json, before keras "
+        "is imported."
+    )
+
+TRACKS_CONSTRAINTS = _backend.TRACKS_CONSTRAINTS
+compiled = _backend.compiled
+gradients_of = _backend.gradients_of
+recall = _backend.recall
+remember = _backend.remember
+sum_of_squares = _backend.sum_of_squares
+synchronize = _backend.synchronize
+warn_unless = _backend.warn_unless
+without_error = _backend.without_error
+
+
+def feedback_op(
+    op: LinearOp,
+    feedback: Feedback,
+    x: Tensor,
+    kernels: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> Tensor:
+    """Computes `op(x, W)` and sends the error down through B.
+
+    With one kernel, `dx = op^T(dy, B)`, and `dW` and `dbias` are those of
+    `op(x, W)`. With several kernels in a row (separable convolutions) each
+    kernel is one such step: the error that reaches kernel i has come through
+    the feedback kernels of those above it, and its own gradient is the true
+    local product.
+
+    Args:
+        op: `op(x, kernels, biases)`, linear in `x` and in each kernel, and a
+            function of these tensors alone. A bound method.
+        feedback: The rule: a function of the kernels W that returns the
+            kernels B, each of its kernel's shape. They receive no gradient. A
+            bound method.
+        x: The input.
+        kernels: Forward kernels W in the order in which `x` meets them.
+        biases: What else `op` reads and is trained; may be empty.
+
+    Returns:
+        The tensor `op(x, W)`.
+    """
+    op, feedback = _backend.held(op), _backend.held(feedback)
+
+    def gradient(
+        x: Tensor,
+        forward: list[Tensor],
+        biases: list[Tensor],
+        back: list[Tensor],
+        dy: Tensor,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        (dx,) = _backend.pullback(lambda x: op(x, back, biases), [x], dy)
+        of_kernels, of_biases = [], []
+        for i, kernel in enumerate(forward):
+            # What x meets before this kernel is W, what it meets after it B.
+            def local(kernel: Tensor, *biases: Tensor, i: int = i) -> Tensor:
+                mixed = [*forward[:i], kernel, *back[i + 1 :]]
+                return op(x, mixed, list(biases))
+
+            of_kernel, *of_biases = _backend.pullback(
+                local, [kernel, *biases], dy
+            )
+            of_kernels.append(of_kernel)
+        return dx, of_kernels, of_biases
+
+    return _backend.custom_gradient(
+        op, feedback, gradient, x, list(kernels), list(biases)
+    )
+
+
+def send_error(
+    source: Tensor,
+    receivers: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    carry: Sequence[Callable[[Tensor, Tensor], Tensor]],
+) -> Tensor:
+    """The identity on `source`, whose error also goes to the receivers.
+
+    With `e` the error that arrives at the output, `source` receives `e` and
+    receiver l receives `carry_l(e, M_l)`.
+
+    Args:
+        source: A tensor of shape `(batch, ...)`.
+        receivers: Tensors of shape `(batch, ...)`.
+        maps: For each receiver a kernel M_l. They receive no gradient.
+        carry: For each receiver a function of `e` and M_l, both of the
+            receiver's dtype, that returns an error of the receiver's shape.
+
+    Returns:
+        `source`, unchanged.
+    """
+
+    # A plain list: one of Keras's holds its layer's variables.
+    maps, carry = [_backend.read(m) for m in maps], list(carry)
+
+    def gradient(
+        source: Tensor,
+        receivers: list[Tensor],
+        _: list[Tensor],
+        maps: list[Tensor],
+        e: Tensor,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        # In the receiver's precision: logits are float32 under any policy.
+        errors = [
+            to(keras.ops.cast(e, r.dtype), keras.ops.cast(m, r.dtype))
+            for to, r, m in zip(carry, receivers, maps)
+        ]
+        return e, errors, []
+
+    return _backend.custom_gradient(
+        lambda source, receivers, _: source,
+        lambda _: maps,
+        gradient,
+        source,
+        list(receivers),
+        [],
+    )
+
+
+_scope = threading.local()
+
+
+@contextlib.contextmanager
+def backpropagation() -> Iterator[None]:
+    """A scope in which every feedback path is the exact one, `B = W`.
+
+    What is computed (or traced) inside is plain backpropagation through the
+    same weights, dropout masks and statistics: the reference that feedback
+    gradients are measured against.
+    """
+    outer = in_backpropagation()
+    _scope.active = True
+    try:
+        yield
+    finally:
+        _scope.active = outer
+
+
+def in_backpropagation() -> bool:
+    """Whether the caller is inside a `backpropagation` scope."""
+    return getattr(_scope, "active", False)
+
+
+def isolated(variables: Iterable[keras.Variable]) -> keras.StatelessScope:
+    """A scope that reads variables as they are and drops what it assigns.
+
+    Args:
+        variables: All Keras variables that are read or assigned inside.
+    """
+    return keras.StatelessScope(
+        [(variable, variable.value) for variable in variables],
+        initialize_variables=False,
+    )

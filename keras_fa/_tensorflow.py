@@ -1,0 +1,183 @@
+"""TensorFlow: gradients of one's own by `tf.custom_gradient`."""
+
+import weakref
+from collections.abc import Callable
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+from keras_fa._types import Feedback
+from keras_fa._types import LinearOp
+
+# An optimizer's step reads any variable, so what a kernel's constraint
+# remembers is an ordinary weight of the layer.
+TRACKS_CONSTRAINTS = True
+
+
+def custom_gradient(
+    op: LinearOp,
+    feedback: Feedback,
+    gradient: Callable,
+    x: tf.Tensor,
+    kernels: list[tf.Tensor],
+    biases: list[tf.Tensor],
+) -> tf.Tensor:
+    """`op(x, kernels, biases)` with a gradient of one's own.
+
+    Args:
+        op: What is computed.
+        feedback: What the gradient is made with, as a function of `kernels`.
+        gradient: `gradient(x, kernels, biases, feedback(kernels), dy)` returns
+            the gradients of `x`, `kernels` and `biases`.
+        x: A tensor.
+        kernels: Tensors or variables.
+        biases: Tensors or variables.
+
+    Returns:
+        A tensor.
+    """
+    n = len(kernels)
+
+    @tf.custom_gradient
+    def function(x, *tensors):
+        kernels, biases = list(tensors[:n]), list(tensors[n:])
+        # In a graph B is made here, since the gradient of a loop or a branch
+        # may read no variable; what nobody takes a gradient of is pruned.
+        back = feedback(kernels) if tf.inside_function() else None
+
+        def backward(dy):
+            # B is that of the very W that the output came of: no other read of
+            # W can slip behind the optimizer's write.
+            made = feedback(kernels) if back is None else back
+            made = [tf.stop_gradient(b) for b in made]
+            dx, dkernels, dbiases = gradient(x, kernels, biases, made, dy)
+            return (dx, *dkernels, *dbiases)
+
+        return op(x, kernels, biases), backward
+
+    # custom_gradient takes no variables.
+    return function(*map(tf.convert_to_tensor, [x, *kernels, *biases]))
+
+
+def read(variable: object) -> tf.Tensor:
+    """The value of a variable, read now, as a tensor."""
+    return tf.convert_to_tensor(variable)
+
+
+def held(method: Callable) -> Callable:
+    """A layer's method, for a gradient function to hold.
+
+    TensorFlow keeps the gradient functions of graphs for as long as the
+    process lives. They must not keep layers alive with them.
+    """
+    if not tf.inside_function():
+        return method
+    weak = weakref.WeakMethod(method)
+    return lambda *args: weak()(*args)
+
+
+def pullback(
+    function: Callable[..., tf.Tensor],
+    arguments: list[tf.Tensor],
+    dy: tf.Tensor,
+) -> list[tf.Tensor]:
+    """The gradients of a function's arguments for the error at its output.
+
+    Inside a `tf.function` the output that nobody reads is pruned.
+    """
+    # Of this graph: the gradient of a loop has one of its own.
+    arguments = [tf.identity(argument) for argument in arguments]
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(arguments)
+        y = function(*arguments)
+    return tape.gradient(y, arguments, dy)
+
+
+def without_error(
+    inputs: tf.Tensor | tf.SparseTensor,
+) -> tf.SparseTensor | None:
+    """A sparse tensor that sends no error down; `None` for a dense one."""
+    if isinstance(inputs, tf.SparseTensor):
+        return tf.sparse.map_values(tf.stop_gradient, inputs)
+    return None
+
+
+def gradients_of(
+    loss: Callable[[], tf.Tensor],
+    variables: Sequence[keras.Variable],
+    state: Sequence[keras.Variable],
+) -> list[tf.Tensor]:
+    """Gradients of `loss()` with respect to Keras variables.
+
+    Args:
+        loss: A function without arguments that computes a scalar.
+        variables: Keras variables.
+        state: What else `loss` reads or assigns. What it assigns is dropped.
+
+    Returns:
+        A tensor for each variable: zeros where the loss does not depend on it.
+    """
+    values = [tf.convert_to_tensor(variable) for variable in variables]
+    scope = keras.StatelessScope(
+        [
+            *((variable, variable.value) for variable in state),
+            *zip(variables, values),
+        ],
+        initialize_variables=False,
+    )
+    with scope:  # around the gradient too, where rules draw their noise
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(values)
+            value = loss()
+        return tape.gradient(
+            value, values, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+
+
+def sum_of_squares(tensor: tf.Tensor) -> tf.Tensor:
+    """The sum of the squares of all elements, a scalar, in one pass."""
+    return 2 * tf.nn.l2_loss(tensor)
+
+
+def compiled(
+    function: Callable, reads: Sequence[keras.Variable]
+) -> Callable[..., object]:
+    """`function`, compiled at its first call and whenever shapes change.
+
+    Args:
+        function: A function of tensors.
+        reads: The variables that it reads and that may change between calls.
+
+    Returns:
+        A function of the same tensors.
+    """
+    del reads  # a tf.function follows its variables by itself
+    return tf.function(function, autograph=False, reduce_retracing=True)
+
+
+def synchronize(model: keras.layers.Layer) -> None:
+    """Puts the weights of a model that `fit` is training where they belong."""
+
+
+def recall(variable: keras.Variable, kernel: tf.Tensor) -> tf.Tensor:
+    """The value of a variable that a constraint remembers something in.
+
+    Args:
+        variable: Assigned by `remember` alone.
+        kernel: The kernel that the value is used with: tells whether this is
+            being compiled.
+    """
+    return variable.value
+
+
+def remember(variable: keras.Variable, value: tf.Tensor) -> None:
+    """Assigns a variable that `recall` reads, outside a compiled step."""
+    variable.assign(value)
+
+
+def warn_unless(condition: Callable[[], tf.Tensor], message: str) -> None:
+    """A warning from a compiled step where what it holds has gone stale.
+
+    On TensorFlow nothing can: constraints read ordinary weights.
+    """

@@ -1,0 +1,30 @@
+"""What the signatures of this package speak of, whatever the backend."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+from typing import TypeAlias
+
+import keras
+
+# A tensor of the backend, an array, or a Keras variable read as one. Backends
+# share no class for it.
+Tensor: TypeAlias = Any
+
+# What Keras resolves: a name, a config, an instance, a function.
+Identifier: TypeAlias = str | Mapping | Callable | None
+
+# Draws the first value of a weight: (shape, dtype) -> tensor.
+Draw: TypeAlias = Callable[..., Tensor]
+
+# A linear operation: (x, kernels, biases) -> y.
+LinearOp: TypeAlias = Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]
+
+# A rule: the kernels W of an operation -> the kernels B that carry its error.
+Feedback: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
+
+# Layer.add_weight, or what stands for it.
+AddWeight: TypeAlias = Callable[..., keras.Variable]
+
+# Where Keras keeps what a layer saves: a mapping of names to arrays.
+Store: TypeAlias = Any

@@ -1,0 +1,237 @@
+"""Where the errors of DFA and DenseFA leave and where they arrive.
+
+A *node* is one call of one operation: a shared layer has several. A *hidden*
+kernel node is one from which another kernel node can be reached. Its error
+arrives at its *tap*: follow its output through normalization, activation and
+dropout layers with one input and one consumer, and stop before pooling, a
+merge, a branch or the next kernel layer.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import keras
+
+# What a tap moves through, besides the operations of activation functions.
+_PASSED = (
+    keras.layers.Activation,
+    keras.layers.BatchNormalization,
+    keras.layers.Dropout,
+    keras.layers.AlphaDropout,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+    keras.layers.SpatialDropout1D,
+    keras.layers.SpatialDropout2D,
+    keras.layers.SpatialDropout3D,
+    keras.layers.GroupNormalization,
+    keras.layers.LayerNormalization,
+    keras.layers.RMSNormalization,
+    keras.layers.UnitNormalization,
+    keras.layers.ELU,
+    keras.layers.LeakyReLU,
+    keras.layers.PReLU,
+    keras.layers.ReLU,
+    keras.layers.Softmax,
+    keras.layers.Identity,
+    keras.layers.ActivityRegularization,
+)
+# What may stand between the logits and the output.
+TO_PROBABILITIES = ("softmax", "log_softmax", "sigmoid", "linear")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Node:
+    """One call of one operation.
+
+    Attributes:
+        operation: A layer, or what a `keras.ops` function is recorded as;
+            `None` for an input of the model.
+        label: The operation's name, with a number from its second call on.
+        parents: The nodes that its tensors come from, one for each tensor.
+        shape: That of its output; `None` if there are several.
+    """
+
+    operation: keras.Operation | None = None
+    label: str = ""
+    parents: tuple["Node", ...] = ()
+    shape: tuple[int | None, ...] | None = None
+
+
+class Graph:
+    """The nodes of a Functional model.
+
+    Args:
+        model: A Functional model with one output. Nothing is added to it.
+        is_kernel: Tells which operations are kernel layers.
+
+    Attributes:
+        nodes: All but inputs, in the order in which `clone_model` calls them:
+            node i is the i-th call of a clone's `call_function`.
+        consumers: By node, those that take its output.
+        output: The node of the model's output.
+
+    Raises:
+        ValueError: If the model has several outputs.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        is_kernel: Callable[[keras.Operation], bool],
+    ) -> None:
+        if len(model.outputs) != 1:
+            raise ValueError(
+                "DFA and DenseFA need a model with one output, whose error "
+                f"they send. Received: model '{model.name}' with "
+                f"{len(model.outputs)} outputs."
+            )
+        self.nodes, self.output = _record(model)
+        self.consumers = collections.defaultdict(list)
+        for node in self.nodes:
+            for parent in node.parents:
+                self.consumers[parent].append(node)
+        self._kernels = [n for n in self.nodes if is_kernel(n.operation)]
+        # The kernel nodes above each node, and the first on each way up.
+        self._above, self._next = {}, {}
+        for node in reversed(self.nodes):
+            above, first = set(), set()
+            for consumer in self.consumers[node]:
+                above |= self._above[consumer]
+                if is_kernel(consumer.operation):
+                    first.add(consumer)
+                else:
+                    first |= self._next[consumer]
+            self._above[node], self._next[node] = above | first, first
+
+    def hidden(self) -> list[Node]:
+        """The hidden kernel nodes."""
+        return [node for node in self._kernels if self._above[node]]
+
+    def tap(self, node: Node) -> Node:
+        """The node at whose output the error of a kernel node arrives."""
+        while len(self.consumers[node]) == 1 and node is not self.output:
+            (consumer,) = self.consumers[node]
+            if len(consumer.parents) != 1 or not _passes(consumer.operation):
+                break
+            node = consumer
+        return node
+
+    def logits(self) -> Node:
+        """The output's node, or the one below a trailing softmax or sigmoid."""
+        node = self.output
+        while node not in self._kernels and _makes_probabilities(
+            node.operation
+        ):
+            (node,) = node.parents
+        return node
+
+    def direct(self) -> dict[Node, list[Node]]:
+        """DFA's sends: from the logits to every hidden kernel node."""
+        return {self.logits(): self.hidden()} if self.hidden() else {}
+
+    def dense(self) -> dict[Node, list[Node]]:
+        """DenseFA's: from each kernel node to all beyond those just below."""
+        sends = collections.defaultdict(list)
+        for node in self.hidden():
+            for source in self._above[node] - self._next[node]:
+                sends[source].append(node)
+        return {node: sends[node] for node in self._kernels if node in sends}
+
+
+class _Recorded(keras.Operation):
+    """Stands for an operation in a recording: it only tells its output."""
+
+    def __init__(self, operation: keras.Operation) -> None:
+        super().__init__()
+        self.operation = operation
+
+    def call(self, *args: object, **kwargs: object) -> object:
+        return self.operation(*args, **kwargs)
+
+    def compute_output_spec(self, *args: object, **kwargs: object) -> object:
+        try:
+            return self.operation.compute_output_spec(*args, **kwargs)
+        except Exception:
+            # Told by a trace of `call`, in which the layer casts its inputs.
+            return super().compute_output_spec(*args, **kwargs)
+
+
+def _record(model: keras.Model) -> tuple[list[Node], Node]:
+    """The nodes of a model, inputs left out, and the node of its output."""
+    nodes, calls = [], collections.Counter()
+    produced = collections.defaultdict(Node)  # what nothing produced is input
+
+    def record(
+        operation: keras.Operation, *args: object, **kwargs: object
+    ) -> object:
+        outputs = _Recorded(operation)(*args, **kwargs)
+        tensors = keras.tree.flatten(outputs)
+        number = calls[operation]
+        calls[operation] += 1
+        node = Node(
+            operation,
+            f"{operation.name}_{number}" if number else operation.name,
+            tuple(
+                produced[value]
+                for value in keras.tree.flatten((args, kwargs))
+                if isinstance(value, keras.KerasTensor)
+            ),
+            tensors[0].shape if len(tensors) == 1 else None,
+        )
+        nodes.append(node)
+        produced.update(dict.fromkeys(tensors, node))
+        return outputs
+
+    # Of a view, which is not compiled and has no constructor of a user's.
+    recording = keras.models.clone_model(
+        keras.Model(model.input, model.output),
+        clone_function=lambda operation: operation,
+        call_function=record,
+    )
+    return nodes, produced[recording.outputs[0]]
+
+
+@functools.cache
+def _operations(*names: str) -> frozenset[type]:
+    """The classes of the operations that activation functions are.
+
+    Public functions tell it: those of `keras.activations` and those of the
+    same names in `keras.ops`. A function of several operations has no class.
+    """
+    classes = set()
+    for name in names:
+        for module in (keras.activations, keras.ops):
+            x = keras.KerasTensor((None, 4))
+            try:
+                operations = keras.Function(x, getattr(module, name)(x))
+            except (AttributeError, TypeError, ValueError):
+                continue  # not there, or no function of one symbolic tensor
+            if len(operations.operations) == 1:
+                classes.add(type(operations.operations[0]))
+    return frozenset(classes)
+
+
+def _passes(operation: keras.Operation) -> bool:
+    """Whether a tap moves through an operation with one input."""
+    activations = _operations(*dir(keras.activations))
+    return type(operation) in activations.union(_PASSED)
+
+
+def activates(layer: keras.layers.Layer, names: tuple[str, ...]) -> bool:
+    """Whether a layer's own activation is one of these.
+
+    Args:
+        layer: A layer with an activation.
+        names: Of functions; "linear" is no activation, too.
+    """
+    name = getattr(layer.activation, "__name__", None)
+    return ("linear" if layer.activation is None else name) in names
+
+
+def _makes_probabilities(operation: keras.Operation | None) -> bool:
+    if type(operation) is keras.layers.Activation:
+        return activates(operation, TO_PROBABILITIES)
+    kinds = _operations(*TO_PROBABILITIES)
+    return type(operation) in kinds.union([keras.layers.Softmax])

@@ -1,0 +1,219 @@
+"""Rules for feedback kernels: what carries the error down."""
+
+import math
+from collections.abc import Callable
+
+import keras
+from keras import ops
+
+from keras_fa._types import AddWeight
+from keras_fa._types import Tensor
+from keras_fa.constraints.kernel import kernel_norm
+
+
+class FeedbackConstraint(keras.constraints.Constraint):
+    """Base class of feedback rules: `B_t = rule(stored B, W_t)`.
+
+    Subclasses implement `__call__(feedback_kernel, kernel)`, both tensors of
+    the kernel's shape in the kernel's variable dtype, and return a tensor of
+    that shape. It is called with this step's W, inside the compiled step. A
+    compiled forward pass of which no gradient is taken computes nothing of it
+    but what it assigns (a random state, say). Under `FixedSign` the kernel that
+    a rule sees has its fixed sign where its weight is exactly zero, so that
+    `sign(kernel)` is never 0.
+
+    Attributes:
+        stores_feedback_kernel: Whether the layer keeps a feedback kernel for
+            this rule. If `False`, the rule is called with `None` for it.
+    """
+
+    stores_feedback_kernel = True
+
+    def __call__(self, feedback_kernel: Tensor, kernel: Tensor) -> Tensor:
+        raise NotImplementedError(
+            f"{type(self).__name__} must implement "
+            "__call__(feedback_kernel, kernel)."
+        )
+
+    def build(self, kernel: keras.Variable, add_weight: AddWeight) -> None:
+        """Makes what this rule needs for one kernel. Optional.
+
+        An FA layer calls this on the copy of the rule that is its own. What
+        is assigned to the rule here - variables by `add_weight`, a
+        `keras.random.SeedGenerator` - is part of the layer: saved, restored
+        and handed to compiled steps with its weights.
+
+        Args:
+            kernel: The forward kernel, built.
+            add_weight: As `keras.layers.Layer.add_weight`. The weights are
+                not trainable unless it is told so.
+        """
+
+
+@keras.saving.register_keras_serializable(package="keras_fa")
+class SignConcordance(FeedbackConstraint):
+    """Uniform sign-concordant feedback.
+
+    - `strict=False`, uSF Init.: `B_t = |B_0| * sign(W_t)`. The signs follow
+      the forward kernel, the magnitudes are the stored ones.
+    - `strict=True`, uSF SN: `B_t = ||W_t|| * sign(W_t) / ||sign(W_t)||`. All
+      magnitudes are equal, and B has the norm of W. Nothing is stored.
+
+    A weight that is exactly zero carries no error, except under `FixedSign`,
+    whose sign it then takes. The callback `StrictNormalization` makes such
+    rules strict for a training.
+
+    Args:
+        strict: Boolean, default `False`.
+
+    Source: Moskovitz et al. (2018); Liao, Leibo & Poggio (2016).
+
+    Example:
+
+    ```python
+    from keras_fa import FAConv2D
+    from keras_fa.constraints import SignConcordance
+
+    layer = FAConv2D(64, 3, feedback_constraint=SignConcordance(strict=True))
+    ```
+    """
+
+    def __init__(self, strict: bool = False) -> None:
+        self.strict = strict
+
+    @property
+    def stores_feedback_kernel(self) -> bool:
+        """Whether there are magnitudes to store."""
+        return not self.strict
+
+    def __call__(self, feedback_kernel: Tensor, kernel: Tensor) -> Tensor:
+        sign = ops.sign(kernel)
+        if self.strict:
+            magnitude = ops.divide_no_nan(
+                kernel_norm(kernel), kernel_norm(sign)
+            )
+            return magnitude * sign
+        return ops.abs(feedback_kernel) * sign
+
+    def get_config(self) -> dict:
+        return {"strict": self.strict}
+
+
+@keras.saving.register_keras_serializable(package="keras_fa")
+class TiedKernel(FeedbackConstraint):
+    """Backpropagation: `B_t = W_t`. Nothing is stored.
+
+    Example:
+
+    ```python
+    from keras_fa import FADense
+
+    layer = FADense(10, feedback_constraint="tied_kernel")
+    ```
+    """
+
+    stores_feedback_kernel = False
+
+    def __call__(self, feedback_kernel: Tensor, kernel: Tensor) -> Tensor:
+        return kernel
+
+
+@keras.saving.register_keras_serializable(package="keras_fa")
+class NoisyKernel(FeedbackConstraint):
+    """The forward kernel plus noise: `B_t = W_t + tan(a) ||W_t|| n / ||n||`.
+
+    `n` is Gaussian noise, fresh at every step and made orthogonal to W_t, so
+    that the angle between B_t and W_t is exactly `a`. Nothing is stored but
+    the state of the random generator. This is BP + Noise; its definition is
+    our reading of the paper's name for it.
+
+    Args:
+        angle: Float in [0, 90), degrees, or `None` (default): the angle that
+            strictly normalized sign-concordant feedback would have at this
+            step, `cos a = ||W||_1 / (sqrt(size) ||W||)`.
+        seed: Integer or `None`, the seed of the noise. Where one instance is
+            given to several layers, each has a seed of its own made of it.
+
+    Raises:
+        ValueError: If `angle` is out of range.
+
+    Example:
+
+    ```python
+    from keras_fa import FADense
+    from keras_fa.constraints import NoisyKernel
+
+    layer = FADense(10, feedback_constraint=NoisyKernel(angle=45.0))
+    ```
+    """
+
+    stores_feedback_kernel = False
+
+    def __init__(
+        self, angle: float | None = None, seed: int | None = None
+    ) -> None:
+        if angle is not None and not 0 <= angle < 90:
+            raise ValueError(
+                "`angle` must be None or at least 0 and less than 90 degrees. "
+                f"Received: angle={angle}"
+            )
+        self.angle = angle
+        self.seed = seed
+
+    def build(self, kernel: keras.Variable, add_weight: AddWeight) -> None:
+        self.seed_generator = keras.random.SeedGenerator(self.seed)
+
+    def __call__(self, feedback_kernel: Tensor, kernel: Tensor) -> Tensor:
+        noise = keras.random.normal(
+            kernel.shape, dtype=kernel.dtype, seed=self.seed_generator
+        )
+        along = ops.divide_no_nan(
+            ops.sum(noise * kernel), ops.sum(ops.square(kernel))
+        )
+        noise = noise - along * kernel
+        return kernel + self._tangent(kernel) * kernel_norm(
+            kernel
+        ) * ops.divide_no_nan(noise, kernel_norm(noise))
+
+    def _tangent(self, kernel: Tensor) -> Tensor | float:
+        if self.angle is not None:
+            return math.tan(math.radians(self.angle))
+        # tan a = sqrt(1 / cos^2 a - 1)
+        cosine = ops.divide_no_nan(
+            ops.sum(ops.abs(kernel)),
+            math.sqrt(math.prod(kernel.shape)) * kernel_norm(kernel),
+        )
+        square = ops.divide_no_nan(1.0, ops.square(cosine)) - 1.0
+        return ops.sqrt(ops.maximum(square, 0.0))
+
+    def get_config(self) -> dict:
+        return {"angle": self.angle, "seed": self.seed}
+
+
+@keras.saving.register_keras_serializable(package="keras_fa")
+class Stored(FeedbackConstraint):
+    """A stock constraint on the stored feedback kernel: `B_t = c(B_0)`.
+
+    FA layers wrap a one-argument Keras constraint in this by themselves.
+
+    Args:
+        constraint: A `keras.constraints.Constraint`, its name, or any callable
+            of one tensor.
+
+    Example:
+
+    ```python
+    from keras_fa import FADense
+
+    layer = FADense(10, feedback_constraint="non_neg")
+    ```
+    """
+
+    def __init__(self, constraint: str | dict | Callable) -> None:
+        self.constraint = keras.constraints.get(constraint)
+
+    def __call__(self, feedback_kernel: Tensor, kernel: Tensor) -> Tensor:
+        return self.constraint(feedback_kernel)
+
+    def get_config(self) -> dict:
+        return {"constraint": keras.constraints.serialize(self.constraint)}

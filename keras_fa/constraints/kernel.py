@@ -1,0 +1,413 @@
+"""Constraints of forward kernels that remember the kernel they were built for.
+
+They are Keras's own kind: the optimizer calls them with the forward kernel
+after every update.
+"""
+
+import copy
+import warnings
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_fa import _gradients
+from keras_fa._types import AddWeight
+from keras_fa._types import Identifier
+from keras_fa._types import Tensor
+
+
+class KernelConstraint(keras.constraints.Constraint):
+    """Base class of forward-kernel constraints that remember something.
+
+    An FA layer copies, builds and saves them. With a stock Keras layer, call
+    `build` once its kernel exists:
+
+    ```python
+    import keras
+    from keras_fa.constraints import ConstantNorm
+
+    layer = keras.layers.Dense(4, kernel_constraint=ConstantNorm())
+    layer.build((None, 8))
+    layer.kernel_constraint.build(layer.kernel)
+    ```
+
+    What is remembered follows from the kernel itself as long as this
+    constraint held (`refresh` reads it off again), so whatever way moves the
+    kernel's values moves it, too. On TensorFlow it is a weight of the layer
+    besides; why not on JAX, the module `keras_fa._jax` says.
+    """
+
+    def build(
+        self,
+        kernel: keras.Variable,
+        units: np.ndarray | None = None,
+        add_weight: AddWeight = keras.Variable,
+    ) -> None:
+        """Remembers what this constraint keeps of a kernel.
+
+        Args:
+            kernel: The forward kernel.
+            units: Integer array that broadcasts to the kernel's shape: the
+                index of the presynaptic unit of each weight. By default the
+                last axis but one counts the units, as in Dense and
+                convolution kernels.
+            add_weight: Makes the variables. By default they belong to no
+                layer.
+        """
+        raise NotImplementedError
+
+    def refresh(self, kernel: keras.Variable) -> None:
+        """Remembers a kernel anew, after other weights were loaded."""
+        raise NotImplementedError
+
+    @property
+    def state(self) -> dict[str, keras.Variable]:
+        """What this constraint remembers, by name. To be read."""
+        raise NotImplementedError
+
+    def holds(self, kernel: Tensor) -> Tensor:
+        """Whether a kernel is as it is remembered: a scalar boolean."""
+        change = ops.max(ops.abs(self(kernel) - kernel))
+        return change <= 0.01 * ops.max(ops.abs(kernel))
+
+    def _not_built(self) -> ValueError:
+        name = type(self).__name__
+        return ValueError(
+            f"{name} does not know its kernel yet. Give it to an FA layer, "
+            f"which builds it, or call `{name}.build(layer.kernel)` once a "
+            "stock layer is built."
+        )
+
+
+@keras.saving.register_keras_serializable(package="keras_fa")
+class FixedSign(KernelConstraint):
+    """E/I: each forward weight keeps the sign it had when this was built.
+
+    After an update `W <- s * max(s * W, 0)`, with s the fixed signs, +1
+    (excitatory) or -1 (inhibitory). A weight that would cross zero stops at
+    zero and keeps its sign: an inhibitory one is -0.0, and feedback rules see
+    that sign and not sign(0). A weight that starts at zero is excitatory. An
+    optimizer's `use_ema=True` averages kernels before this constraint has run:
+    do not use the two together.
+
+    With `per="unit"` all weights out of one presynaptic unit have one sign
+    (Dale's law). The layer then draws W_0 as ever and gives a random
+    `round(excitatory_fraction * units)` of the units the sign +1 and the rest
+    -1. The inhibitory weights are scaled by the ratio of excitatory to
+    inhibitory units, so that the two balance for equal inputs, and all weights
+    together so that the norm is that of the draw. Balancing and scaling are
+    our choice. When other weights are loaded, a unit's sign becomes that of
+    the sum of its weights, with a warning if some of these have the other
+    sign: the next update sets them to zero.
+
+    Args:
+        per: `"synapse"` (default) or `"unit"`.
+        excitatory_fraction: Float in [0, 1], for `per="unit"`. Default 0.8.
+        seed: Integer or `None`, for `per="unit"`: which units are excitatory.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source: Moskovitz et al. (2018), fixed excitatory/inhibitory connectivity.
+
+    Example:
+
+    ```python
+    from keras_fa import FADense
+    from keras_fa.constraints import FixedSign
+
+    layer = FADense(
+        10,
+        kernel_constraint=FixedSign(per="unit", excitatory_fraction=0.75),
+        feedback_constraint="sign_concordance",
+    )
+    ```
+    """
+
+    def __init__(
+        self,
+        per: str = "synapse",
+        excitatory_fraction: float = 0.8,
+        seed: int | None = None,
+    ) -> None:
+        if per not in ("synapse", "unit"):
+            raise ValueError(
+                f"`per` must be 'synapse' or 'unit'. Received: per={per!r}"
+            )
+        if not 0 <= excitatory_fraction <= 1:
+            raise ValueError(
+                "`excitatory_fraction` must be between 0 and 1. Received: "
+                f"excitatory_fraction={excitatory_fraction}"
+            )
+        self.per = per
+        self.excitatory_fraction = excitatory_fraction
+        self.seed = seed
+        self.excitatory = None
+
+    def initial_kernel(self, kernel: Tensor, units: np.ndarray) -> Tensor:
+        """W_0 under this constraint, made of the values that were drawn."""
+        if self.per == "synapse":
+            return kernel + 0.0  # -0.0 is an inhibitory weight
+        count = int(units.max()) + 1
+        excitatory = round(self.excitatory_fraction * count)
+        draw = keras.initializers.RandomNormal(seed=self.seed)((count,))
+        rank = ops.argsort(ops.argsort(draw))
+        both = 0 < excitatory < count
+        balance = excitatory / (count - excitatory) if both else 1.0
+        factors = ops.where(rank < excitatory, 1.0, -balance)
+        signed = ops.abs(kernel) * ops.cast(
+            ops.take(factors, units), kernel.dtype
+        )
+        norms = kernel_norm(kernel), kernel_norm(signed)
+        return signed * ops.divide_no_nan(*norms)
+
+    def build(
+        self,
+        kernel: keras.Variable,
+        units: np.ndarray | None = None,
+        add_weight: AddWeight = keras.Variable,
+    ) -> None:
+        if units is None:
+            units = units_along(kernel.shape, -2)
+        self._units = units
+        self.excitatory = add_weight(
+            shape=kernel.shape if self.per == "synapse" else units.shape,
+            initializer=lambda shape, dtype: self._positive(kernel),
+            dtype="bool",
+            trainable=False,
+            name=f"{kernel.name}_excitatory",
+        )
+
+    def _positive(self, kernel: keras.Variable) -> Tensor:
+        kernel = ops.convert_to_tensor(kernel)
+        positive = ops.logical_not(ops.signbit(kernel))
+        if self.per == "synapse":
+            return positive
+        units = np.broadcast_to(self._units, kernel.shape)
+        full = ops.cast(kernel, "float32")  # half has no number so small
+        sums = ops.segment_sum(
+            ops.reshape(_away_from_zero(full, positive), (-1,)),
+            units.reshape(-1),
+            num_segments=int(units.max()) + 1,
+        )
+        return ops.take(sums, self._units) >= 0
+
+    def signed(self, kernel: Tensor) -> Tensor:
+        """A kernel whose zeros have their fixed sign: ±0 is ±1.2e-38."""
+        excitatory = _gradients.recall(self.excitatory, kernel)
+        signed = _away_from_zero(kernel, excitatory)
+        return ops.where(ops.equal(kernel, 0.0), signed, kernel)
+
+    def refresh(self, kernel: keras.Variable) -> None:
+        _gradients.remember(self.excitatory, self._positive(kernel))
+        kernel = ops.convert_to_tensor(kernel)
+        lost = float(ops.mean(ops.cast(self(kernel) != kernel, "float32")))
+        if lost:
+            warnings.warn(
+                f"{100 * lost:.0f} % of the weights of a kernel do not have "
+                "the sign of their presynaptic unit, which is that of the "
+                "unit's sum: the next update sets them to zero.",
+                stacklevel=2,
+            )
+
+    @property
+    def state(self) -> dict[str, keras.Variable]:
+        return {"excitatory": self.excitatory}
+
+    def __call__(self, kernel: Tensor) -> Tensor:
+        if self.excitatory is None:
+            raise self._not_built()
+        kernel = ops.convert_to_tensor(kernel)
+        excitatory = _gradients.recall(self.excitatory, kernel)
+        keeps_sign = ops.where(excitatory, kernel, -kernel) > 0
+        zeros = ops.zeros_like(kernel)
+        stopped = ops.where(excitatory, zeros, -zeros)
+        return ops.where(keeps_sign, kernel, stopped)
+
+    def get_config(self) -> dict:
+        return {
+            "per": self.per,
+            "excitatory_fraction": self.excitatory_fraction,
+            "seed": self.seed,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_fa")
+class ConstantNorm(KernelConstraint):
+    """Const.: the forward kernel keeps the norm it had when this was built.
+
+    After an update `W <- W ||W_0|| / ||W||`, with the Frobenius norm of the
+    whole kernel. A kernel of zeros stays one. An optimizer's `use_ema=True`
+    overwrites kernels with averages after the constraints have run and so
+    breaks the norm: do not use the two together.
+
+    Source: Moskovitz et al. (2018), constant forward norms.
+
+    Example:
+
+    ```python
+    from keras_fa import FADense
+    from keras_fa.constraints import ConstantNorm
+
+    layer = FADense(10, kernel_constraint=ConstantNorm())
+    ```
+    """
+
+    def __init__(self) -> None:
+        self.norm = None
+
+    def build(
+        self,
+        kernel: keras.Variable,
+        units: np.ndarray | None = None,
+        add_weight: AddWeight = keras.Variable,
+    ) -> None:
+        self.norm = add_weight(
+            shape=(),
+            initializer=lambda shape, dtype: kernel_norm(kernel),
+            dtype=kernel.dtype,
+            trainable=False,
+            autocast=False,
+            name=f"{kernel.name}_norm",
+        )
+
+    def refresh(self, kernel: keras.Variable) -> None:
+        _gradients.remember(self.norm, kernel_norm(kernel))
+
+    @property
+    def state(self) -> dict[str, keras.Variable]:
+        return {"norm": self.norm}
+
+    def __call__(self, kernel: Tensor) -> Tensor:
+        if self.norm is None:
+            raise self._not_built()
+        kernel = ops.convert_to_tensor(kernel)
+        norm = ops.cast(_gradients.recall(self.norm, kernel), kernel.dtype)
+        return kernel * ops.divide_no_nan(norm, kernel_norm(kernel))
+
+
+@keras.saving.register_keras_serializable(package="keras_fa")
+class Chain(KernelConstraint):
+    """Several kernel constraints, one after the other.
+
+    They run in this order, whatever the order given: `FixedSign`, others,
+    `ConstantNorm`. A layer's `kernel_constraint=[...]` makes one.
+
+    Args:
+        constraints: Kernel constraints: instances, names or configs.
+
+    Raises:
+        ValueError: If there are two `FixedSign` or two `ConstantNorm`.
+
+    Example:
+
+    ```python
+    from keras_fa import FADense
+
+    layer = FADense(10, kernel_constraint=["constant_norm", "fixed_sign"])
+    ```
+    """
+
+    def __init__(self, constraints: Sequence[Identifier]) -> None:
+        from keras_fa.constraints import get_kernel_constraint
+
+        parts = [
+            part
+            for constraint in constraints
+            for part in parts_of(get_kernel_constraint(constraint))
+        ]
+        order = {FixedSign: 0, ConstantNorm: 2}
+        self.constraints = sorted(parts, key=lambda c: order.get(type(c), 1))
+        kinds = [type(c) for c in self._ours()]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(
+                "A kernel takes one constraint of a kind. Received: "
+                f"{', '.join(kind.__name__ for kind in kinds)}"
+            )
+
+    def __copy__(self) -> "Chain":
+        return Chain([copy.copy(c) for c in self.constraints])
+
+    def _ours(self) -> list[KernelConstraint]:
+        return [c for c in self.constraints if isinstance(c, KernelConstraint)]
+
+    def initial_kernel(self, kernel: Tensor, units: np.ndarray) -> Tensor:
+        """W_0 under these constraints, made of the values that were drawn."""
+        for constraint in self.constraints:
+            if isinstance(constraint, FixedSign):
+                kernel = constraint.initial_kernel(kernel, units)
+        return kernel
+
+    def build(
+        self,
+        kernel: keras.Variable,
+        units: np.ndarray | None = None,
+        add_weight: AddWeight = keras.Variable,
+    ) -> None:
+        for constraint in self._ours():
+            constraint.build(kernel, units, add_weight)
+
+    def refresh(self, kernel: keras.Variable) -> None:
+        for constraint in self._ours():
+            constraint.refresh(kernel)
+
+    @property
+    def state(self) -> dict[str, keras.Variable]:
+        return {
+            name: variable
+            for constraint in self._ours()
+            for name, variable in constraint.state.items()
+        }
+
+    def holds(self, kernel: Tensor) -> Tensor:
+        return ops.all(ops.stack([c.holds(kernel) for c in self._ours()]))
+
+    def __call__(self, kernel: Tensor) -> Tensor:
+        for constraint in self.constraints:
+            kernel = constraint(kernel)
+        return kernel
+
+    def get_config(self) -> dict:
+        return {
+            "constraints": [
+                keras.constraints.serialize(c) for c in self.constraints
+            ]
+        }
+
+
+def parts_of(constraint: object) -> list:
+    """A kernel's constraint as the list of what it is made of."""
+    if constraint is None:
+        return []
+    return list(getattr(constraint, "constraints", [constraint]))
+
+
+def units_along(shape: tuple, axis: int) -> np.ndarray:
+    """The index of each weight along one axis, broadcasting over the others.
+
+    Args:
+        shape: The kernel's shape.
+        axis: The axis that counts presynaptic units.
+
+    Returns:
+        An integer array with `shape[axis]` along `axis` and 1 elsewhere.
+    """
+    ones = [1] * len(shape)
+    ones[axis] = shape[axis]
+    return np.arange(shape[axis]).reshape(ones)
+
+
+def _away_from_zero(kernel: Tensor, positive: Tensor) -> Tensor:
+    least = float(np.finfo("float32").tiny)
+    size = ops.maximum(ops.abs(kernel), least)
+    return ops.where(positive, size, -size)
+
+
+def kernel_norm(kernel: Tensor) -> Tensor:
+    """The Frobenius norm of a whole kernel, a scalar of its dtype."""
+    kernel = ops.convert_to_tensor(kernel)
+    # In half precision the sum of squares would overflow.
+    full = ops.cast(kernel, keras.backend.result_type(kernel.dtype, "float32"))
+    return ops.cast(ops.sqrt(_gradients.sum_of_squares(full)), kernel.dtype)
