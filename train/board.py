@@ -38,6 +38,7 @@ SETTINGS = {
     "kernel_scale": NUMBER,
     "label_smoothing": NUMBER,
     "learning_rate": NUMBER,
+    "normalization": TEXT,
     "optimizer": TEXT,
     "warmup_epochs": NUMBER,
     "weight_decay": NUMBER,

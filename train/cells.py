@@ -15,6 +15,7 @@ from typing import Any
 
 from published import IMAGES
 from published import Column
+from runs import completed
 
 from keras_fa.methods import METHODS
 
@@ -32,6 +33,8 @@ MEASURED = {
     "examples_per_second",
     "versions",
 }
+# What the first runs do not say; steps_per_epoch tells of it, too.
+UNSAID = {"training_images", "workers", "replicas"}
 OUTSIDE_RECIPE = MEASURED | {"seed", "alignment_every"}
 
 
@@ -62,7 +65,7 @@ class Run:
         """All that decides what is learned, but the seed."""
         return {
             name: value
-            for name, value in self.result.items()
+            for name, value in completed(self.result).items()
             if name not in OUTSIDE_RECIPE
         }
 
@@ -248,13 +251,15 @@ def not_comparable(runs: list[Run]) -> str:
     Nobody but the user knows which of two recipes, or of two runs of a seed,
     is meant.
     """
-    first = runs[0]
     missing = object()
-    for run in runs[1:]:
-        for name in first.recipe | run.recipe:
-            values = [r.recipe.get(name, missing) for r in (first, run)]
-            if values[0] != values[1]:
-                a, b = ("none" if v is missing else v for v in values)
+    for name in dict.fromkeys(name for run in runs for name in run.recipe):
+        values = [(run, run.recipe.get(name, missing)) for run in runs]
+        if name in UNSAID:
+            values = [pair for pair in values if pair[1] is not missing]
+        first, value = values[0]
+        for run, other in values[1:]:
+            if other != value:
+                a, b = ("none" if v is missing else v for v in (value, other))
                 return (
                     f"{first.folder} and {run.folder} differ in {name} ({a} "
                     f"and {b}); all {len(runs)} runs left out. Report on a "

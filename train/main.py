@@ -141,38 +141,46 @@ flags.DEFINE_float(
 )
 flags.DEFINE_float(
     "kernel_scale",
-    1.0,
+    runs.DEFAULTS["kernel_scale"],
     "The kernels start as this many times he_normal, above 0.",
 )
 flags.DEFINE_float(
     "feedback_scale",
-    1.0,
+    runs.DEFAULTS["feedback_scale"],
     "Fixed random feedback starts as this many times what it is by default, "
     "above 0: B_0 times he_normal, or the fixed maps of DFA and DenseFA.",
 )
 flags.DEFINE_enum(
     "feedback_maps",
-    "dense",
+    runs.DEFAULTS["feedback_maps"],
     ["dense", "convolutional"],
     "Form of the fixed maps of DFA and DenseFA. dense: a matrix between two "
     "feature maps; convolutional: a small kernel, shared in space.",
 )
 flags.DEFINE_float(
     "dropout",
-    0.0,
+    runs.DEFAULTS["dropout"],
     "Rate at which the inputs of the readout are dropped in training, from 0 "
     "to below 1; not for cifar10_2 and imagenet_2, which have dropout of their "
     "own.",
 )
+flags.DEFINE_enum(
+    "normalization",
+    runs.DEFAULTS["normalization"],
+    ["none", "batch"],
+    "batch: BatchNormalization in front of the ReLU of each hidden layer with "
+    "a kernel, in place of its bias; not for the residual networks, which have "
+    "it anyway.",
+)
 flags.DEFINE_float(
     "label_smoothing",
-    0.0,
+    runs.DEFAULTS["label_smoothing"],
     "Share of a label that is spread evenly over all classes in the loss, "
     "from 0 to below 1.",
 )
 flags.DEFINE_integer(
     "image_size",
-    None,
+    runs.DEFAULTS["image_size"],
     "Height and width that photos are resized to, in pixels, on imagenet2012 "
     "alone; by default 224.",
     lower_bound=8,
@@ -180,7 +188,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_float(
     "crop_area",
-    None,
+    runs.DEFAULTS["crop_area"],
     "Least share of a photo's area that its window has in training, above 0 "
     "and at most 1, on imagenet2012 alone; by default 0.08.",
 )
@@ -236,7 +244,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_enum(
     "strategy",
-    "none",
+    runs.DEFAULTS["strategy"],
     list(STRATEGIES),
     "none: one device. On TensorFlow also mirrored: all GPUs of this machine, "
     "or its CPU; multi_worker: those of all machines in the environment "
@@ -244,13 +252,13 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_string(
     "tpu",
-    None,
+    runs.DEFAULTS["tpu"],
     "With --strategy=tpu: the TPU's name or grpc:// address; by default local, "
     "that of the TPU VM this runs on.",
 )
 flags.DEFINE_integer(
     "virtual_devices",
-    0,
+    runs.DEFAULTS["virtual_devices"],
     "With --strategy=mirrored: number of logical devices to split the GPU or "
     "CPU into, at least 0; 0 splits nothing.",
     lower_bound=0,
@@ -258,7 +266,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_enum(
     "dtype_policy",
-    "float32",
+    runs.DEFAULTS["dtype_policy"],
     ["float32", "mixed_bfloat16", "mixed_float16"],
     "Keras's dtype policy of the model.",
 )
@@ -270,7 +278,7 @@ flags.DEFINE_bool(
 )
 flags.DEFINE_integer(
     "steps_per_execution",
-    1,
+    runs.DEFAULTS["steps_per_execution"],
     "Training steps per call of the compiled function, at least 1. An epoch "
     "is rounded down to a multiple of them, an evaluation filled up.",
     lower_bound=1,
@@ -316,7 +324,7 @@ def settings() -> SimpleNamespace:
         dropout test seed data_dir download runs_dir resume
         checkpoint_minutes keep_checkpoints strategy tpu virtual_devices
         dtype_policy jit_compile steps_per_execution alignment_every
-        label_smoothing image_size crop_area""".split()
+        label_smoothing image_size crop_area normalization""".split()
     chosen = SimpleNamespace(**{name: FLAGS[name].value for name in names})
     chosen.backend = keras.backend.backend()
     if chosen.jit_compile is None:
@@ -362,6 +370,12 @@ def check(config: SimpleNamespace) -> None:
         raise UserError(
             f"--dropout={config.dropout}: {config.model} has dropout of its "
             "own. Leave it out, or choose another --model."
+        )
+    if config.normalization != "none" and network.normalizes:
+        raise UserError(
+            f"--normalization={config.normalization}: {config.model} has "
+            "BatchNormalization of its own. Leave it out, or choose another "
+            "--model."
         )
     wiring = METHODS[config.method].wiring
     if config.feedback_maps != "dense" and wiring == "chain":
@@ -826,6 +840,7 @@ def build(config: SimpleNamespace) -> keras.Model:
         data.preprocessing(dataset, network.input_shape),
         kernel_scale=config.kernel_scale,
         dropout=config.dropout,
+        normalization=config.normalization,
         image_size=config.image_size,
         synchronized=config.strategy != "none",
     )
@@ -851,7 +866,7 @@ def _draws(method: Method) -> bool:
     fixed = isinstance(method.feedback_constraint, SignConcordance)
     return (
         method.wiring != "chain"
-        or (fixed and method.feedback_constraint.fixed_magnitude)
+        or (fixed and not method.feedback_constraint.strict)
         or method.feedback_constraint is None
     )
 
@@ -914,7 +929,7 @@ def report(folder: Path, result: dict) -> None:
         f"{result['validation_error']:.2f} % after {result['epochs']} epochs, "
         f"{result['seconds']:.0f} s."
     )
-    if result["skipped_images"]:
+    if result.get("skipped_images"):
         print(f"{len(result['skipped_images'])} images did not decode.")
     print(f"Run folder: {folder}")
     if startup.installed("tensorboard"):

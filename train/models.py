@@ -164,14 +164,17 @@ class Network(NamedTuple):
 
     Where `input_shape` is smaller than `image_shape` it sees random crops in
     training and the centre in evaluation. `drops` says whether `logits` takes
-    a dropout rate for the inputs of the readout. `least_size` is the side of
-    the smallest images that `resized` takes; None: a network of one size.
+    a dropout rate for the inputs of the readout, `normalizes` whether it has
+    BatchNormalization of its own; a network that has none is a chain of
+    layers. `least_size` is the side of the smallest images that `resized`
+    takes; None: a network of one size.
     """
 
     logits: Callable[..., KerasTensor]
     image_shape: tuple[int, int, int]
     input_shape: tuple[int, int, int]
     drops: bool = True
+    normalizes: bool = False
     least_size: int | None = None
 
     @property
@@ -209,15 +212,19 @@ NETWORKS = {
     "mnist": Network(mnist, (28, 28, 1), (28, 28, 1)),
     "cifar10_1": Network(cifar10_1, _CIFAR, (24, 24, 3)),
     "cifar10_2": Network(cifar10_2, _CIFAR, _CIFAR, drops=False),
-    "resnet20": Network(resnet20, _CIFAR, _CIFAR),
-    "resnet56": Network(resnet56, _CIFAR, _CIFAR),
+    "resnet20": Network(resnet20, _CIFAR, _CIFAR, normalizes=True),
+    "resnet56": Network(resnet56, _CIFAR, _CIFAR, normalizes=True),
     # The maps shrink 32 times; what they shrink to must be a place at least.
     "imagenet_1": Network(imagenet_1, _IMAGENET, _IMAGENET, least_size=32),
     "imagenet_2": Network(
         imagenet_2, _IMAGENET, _IMAGENET, drops=False, least_size=63
     ),
-    "resnet18": Network(resnet18, _IMAGENET, _IMAGENET, least_size=32),
-    "resnet50": Network(resnet50, _IMAGENET, _IMAGENET, least_size=32),
+    "resnet18": Network(
+        resnet18, _IMAGENET, _IMAGENET, normalizes=True, least_size=32
+    ),
+    "resnet50": Network(
+        resnet50, _IMAGENET, _IMAGENET, normalizes=True, least_size=32
+    ),
 }
 
 
@@ -229,6 +236,7 @@ def build(
     image_size: int | None = None,
     kernel_scale: float = 1.0,
     dropout: float = 0.0,
+    normalization: str = "none",
     synchronized: bool = False,
 ) -> keras.Model:
     """Builds a network as one flat Functional model.
@@ -244,6 +252,9 @@ def build(
         kernel_scale: The kernels are this many times he_normal. Default 1.
         dropout: Rate at which the inputs of the readout are dropped in
             training, for a network that `drops`. Default 0: no such layer.
+        normalization: "batch" puts BatchNormalization in front of the ReLU
+            of each hidden layer with a kernel, in place of its bias; main.py
+            refuses it for a network that `normalizes`. Default "none".
         synchronized: Whether BatchNormalization takes its statistics over
             the whole batch where a `tf.distribute` strategy shares it out
             (TensorFlow only), as one device would. Default: it does not.
@@ -268,7 +279,12 @@ def build(
     for layer in preprocessing:
         x = layer(x)
     options = {"dropout": dropout} if dropout else {}
-    logits = network.logits(x, classes, **options)
+    if normalization == "batch":
+        seen = keras.Input(network.input_shape, dtype="float32")
+        plain = keras.Model(seen, network.logits(seen, classes, **options))
+        logits = _with_batch_normalization(plain, x)
+    else:
+        logits = network.logits(x, classes, **options)
     model = keras.Model(inputs, logits, name=name)
     for layer in model.layers:
         if isinstance(layer, Conv2D | Dense) and kernel_scale != 1:
@@ -276,6 +292,28 @@ def build(
         if isinstance(layer, BatchNormalization):
             layer.synchronized = synchronized
     return model
+
+
+def _with_batch_normalization(
+    plain: keras.Model, x: KerasTensor
+) -> KerasTensor:
+    """The chain of a model's layers, with BatchNormalization in it."""
+    _, *layers = plain.layers
+    *hidden, _ = [one for one in layers if isinstance(one, Conv2D | Dense)]
+    for layer in layers:
+        config = layer.get_config()
+        if layer not in hidden:
+            x = type(layer).from_config(config)(x)
+            continue
+        config |= {"activation": None, "use_bias": False}
+        x = type(layer).from_config(config)(x)
+        x = _normalization(layer.name)(x)
+        x = ReLU(name=f"{layer.name}_relu")(x)
+    return x
+
+
+def _normalization(name: str) -> BatchNormalization:
+    return BatchNormalization(momentum=0.9, epsilon=1e-5, name=f"{name}_bn")
 
 
 def _conv(
@@ -406,7 +444,7 @@ def _normalized(
         kernel_initializer="he_normal",
         name=name,
     )(x)
-    return BatchNormalization(momentum=0.9, epsilon=1e-5, name=f"{name}_bn")(x)
+    return _normalization(name)(x)
 
 
 def _mean_logits(x: KerasTensor, classes: int, dropout: float) -> KerasTensor:

@@ -14,7 +14,8 @@ as table.md, with these figures, each as PNG and SVG:
 A row is a method. Ours is the mean of the test error in percent over the
 seeds, their sample standard deviation, and their number; beside it stand the
 figures of the paper and of others. A gap is the error less that of BP in the
-same table. "open" is where others have a figure and we have no run to show.
+same table. "open" is where others have a figure and we have no run to show. A
+setting that a run does not say, for it is younger, is at its default.
 
 Runs that are damaged, unfinished or of a search without a test error are named
 and skipped. A method whose runs differ in more than the seed, or that has two
@@ -38,13 +39,15 @@ from published import COLUMNS
 from published import Column
 from published import published
 from published import rows_of
+from runs import DEFAULTS
 
 from keras_fa.methods import METHODS
 
 LEGEND = (
     "Test error in percent after the last epoch: mean ± sample standard "
     "deviation (number of seeds). A gap is the error less that of BP in the "
-    "same column; open: no run of ours to show."
+    "same column; open: no run of ours to show. Settings that are not named "
+    "are the defaults of train/main.py."
 )
 
 
@@ -91,6 +94,7 @@ def recipes(ours: dict[str, Cell]) -> list[str]:
             name: value
             for name, value in cell.recipe.items()
             if name not in ("dataset", "model", "method", "epochs")
+            and (name not in DEFAULTS or value != DEFAULTS[name])
         }
         for method, cell in ours.items()
     }

@@ -4,28 +4,56 @@ From the root of the project:
 
     python train/reproduce.py --column=mnist --data_dir=FOLDER
     python train/reproduce.py --column=cifar10_1 --methods=bp,fa --seeds=1
+    python train/reproduce.py --column=mnist --data_dir=FOLDER --hours=2 \\
+        --finished=train/results/mnist
 
 Each cell is one flag file, train/flags/<column>_<method>.flags, with seeds 0,
-1, ... The program can be stopped and started again, and several of them can
-work on one column at once. Other flags of main.py may be added, and win over
-the recipes; a changed recipe needs a --runs_dir of its own. At the end:
-python train/report.py <runs_dir>.
+1, ... The first seed of all cells comes first, and of one seed the run that is
+done soonest, as far as the times are known. The program can be stopped and
+started again, and several of them can work on one column at once. Other flags
+of main.py may be added, and win over the recipes; a changed recipe needs a
+--runs_dir of its own. At the end: python train/report.py <runs_dir>.
 """
 
 import startup  # noqa: F401 - before anything imports Keras
 
 # isort: split
+import math
 import sys
+import time
+from pathlib import Path
 
 import columns
 import commandline
 import sweep
 from absl import flags
+from errors import UserError
 
 FLAGS = flags.FlagValues()
 columns.define_flags(FLAGS)
 flags.DEFINE_integer(
     "seeds", 3, "Runs of a cell.", lower_bound=1, flag_values=FLAGS
+)
+flags.DEFINE_float(
+    "hours",
+    None,
+    "Time to work, above 0. No run is begun that would not be finished by "
+    "then, as long as the epochs of its kind have taken; what is left is named "
+    "at the end. By default until all is done.",
+    flag_values=FLAGS,
+)
+flags.register_validator(
+    "hours",
+    lambda value: value is None or 0 < value < math.inf,
+    "it must be a finite number above 0",
+    flag_values=FLAGS,
+)
+flags.DEFINE_string(
+    "finished",
+    None,
+    "Folder of runs, such as train/results/mnist. What is finished there is "
+    "not run again, while this program works in --runs_dir.",
+    flag_values=FLAGS,
 )
 
 
@@ -36,11 +64,20 @@ def jobs(rest: list[str]) -> list[sweep.Job]:
         (*columns.SETTLED, "seed"),
         "The column says what is run; --methods and --seeds choose.",
     )
+    finished = None
+    if FLAGS.finished is not None:
+        finished = Path(FLAGS.finished).expanduser()
+        if not finished.is_dir():
+            raise UserError(
+                f"--finished={FLAGS.finished}: no such folder. Give one with "
+                "folders of runs, such as train/results/mnist, or leave it out."
+            )
     methods = columns.chosen_methods(FLAGS.column, FLAGS.methods)
     return [
         sweep.job(
             f"{FLAGS.column} {method} seed {seed}",
             [*columns.cell(FLAGS.column, method), f"--seed={seed}", *rest],
+            finished,
         )
         for seed in range(FLAGS.seeds)
         for method in methods
@@ -49,7 +86,9 @@ def jobs(rest: list[str]) -> list[sweep.Job]:
 
 def reproduce(rest: list[str]) -> None:
     """Runs what is missing."""
-    columns.fail(sweep.run(jobs(rest)))
+    hours = math.inf if FLAGS.hours is None else FLAGS.hours
+    deadline = time.monotonic() + 3600 * hours
+    columns.fail(sweep.run(jobs(rest), deadline))
 
 
 def run(argv: list[str]) -> int:

@@ -68,11 +68,29 @@ FIXED_SETTINGS = (
     "feedback_scale",
     "feedback_maps",
     "dropout",
+    "normalization",
     "label_smoothing",
     "image_size",
     "crop_area",
 )
 
+# What a run that does not say was made with: settings have been added since
+# the first runs. They are the defaults of main.py's flags.
+DEFAULTS = {
+    "kernel_scale": 1.0,
+    "feedback_scale": 1.0,
+    "feedback_maps": "dense",
+    "dropout": 0.0,
+    "normalization": "none",
+    "label_smoothing": 0.0,
+    "image_size": None,
+    "crop_area": None,
+    "strategy": "none",
+    "tpu": None,
+    "virtual_devices": 0,
+    "dtype_policy": "float32",
+    "steps_per_execution": 1,
+}
 
 # What to do about a divergence: where the first one applies, it says best.
 REMEDIES: tuple[tuple[Callable[[dict[str, Any]], bool], str], ...] = (
@@ -282,15 +300,15 @@ def _read(checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
         if torn is not None:
             raise ValueError(f"bad checksum of {torn}")
         saved = json.loads(archive.read("run.json"))
-    settings = saved["settings"]
+    settings = completed(saved["settings"])
     progress = Progress(
         saved["rows"],
         Partial(**saved["partial"]),
         saved["random_state"],
         lengths=settings.get("lengths", [settings["epochs"]]),
-        skipped=saved["skipped"],
-        training_images=settings["training_images"],
-        workers=settings["workers"],
+        skipped=saved.get("skipped", []),
+        training_images=settings.get("training_images"),
+        workers=settings.get("workers"),
         checkpoint=checkpoint,
     )
     progress.saved = progress.place
@@ -330,14 +348,21 @@ def check_data(
         )
 
 
+def completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run as it was saved, and those younger than it is."""
+    return DEFAULTS | settings
+
+
 def settings_of(folder: Path) -> dict[str, Any] | None:
     """The settings of the run in a folder, finished or not; `None` if none.
 
     Of a finished run, all of `result.json`.
     """
     try:
-        return json.loads((folder / "result.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        return completed(
+            json.loads((folder / "result.json").read_text("utf-8"))
+        )
+    except (OSError, ValueError, TypeError):
         pass
     for checkpoint in files.kept(folder / "model.keras"):
         with contextlib.suppress(*DAMAGE):
