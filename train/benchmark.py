@@ -19,7 +19,8 @@ first execution, when the loss has been read and so the device is idle, to the
 end of the epoch, where Keras has read the loss of the last one. A ratio is
 that of two blocks of the same round, so that what slows the whole machine
 down for a while falls out. Reported are the median over the rounds, the
-quartiles, and the number of rounds.
+quartiles, and the number of rounds. Then, in turn as well, each model predicts
+blocks of --steps batches.
 
 Feedback bytes are those of all variables which the converted model has and
 the stock model has not; the memory of a compiled step comes on top. The peak
@@ -290,6 +291,52 @@ class Timer(keras.callbacks.Callback):
         self.seconds = time.perf_counter() - self.began
 
 
+class Predictor:
+    """A model that predicts block by block.
+
+    Args:
+        model: A compiled model.
+        batch: Images and labels, of which the images are predicted.
+        steps: Batches in a block.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        batch: tuple[np.ndarray, np.ndarray],
+        steps: int,
+    ) -> None:
+        self.model = model
+        self.data = forever(batch)
+        self.steps = steps
+
+    def block(self) -> float:
+        """Predicts a block; the seconds of one batch of it."""
+        timer = PredictionTimer()
+        self.model.predict(
+            self.data,
+            steps=self.model.steps_per_execution + self.steps,
+            callbacks=[timer],
+            verbose=0,
+        )
+        return timer.seconds / self.steps
+
+
+class PredictionTimer(keras.callbacks.Callback):
+    """The time from the end of the first execution to that of the last one."""
+
+    def on_predict_begin(self, logs: dict | None = None) -> None:
+        self.began = None
+
+    def on_predict_batch_end(
+        self, batch: int, logs: dict | None = None
+    ) -> None:
+        np.asarray(logs["outputs"])  # waits for the device
+        now = time.perf_counter()
+        self.began = now if self.began is None else self.began
+        self.seconds = now - self.began
+
+
 class Monitor:
     """The alignment of a model, measured on a probe.
 
@@ -555,6 +602,13 @@ def measure(
         compile_alike(model, FLAGS.steps_per_execution)
         callbacks = METHODS[name].callbacks() if name in METHODS else []
         timed[name] = Trainee(model, callbacks, batch, FLAGS.steps)
+    predictions, _ = in_turn(
+        {
+            name: Predictor(trainee.model, batch, FLAGS.steps)
+            for name, trainee in timed.items()
+        },
+        FLAGS.rounds,
+    )
     if FLAGS.monitor:
         watched = keras_fa.convert(stock, "fa_usf_sn")
         timed[MONITOR] = Monitor(watched, random_batch(stock, PROBE_SIZE))
@@ -581,6 +635,10 @@ def measure(
             row["milliseconds_by_operation"] = profiles[name]
         if name in extra:
             row["feedback_bytes"] = extra[name]
+            row["seconds_per_prediction"] = predictions[name]
+            row["prediction_ratio"] = spread(
+                predictions[name], predictions["stock"]
+            )
             row["peak_memory_bytes"] = peaks.get(name)
             if FLAGS.peak_tflops:
                 speed = operations / row["median_seconds"]
@@ -695,6 +753,7 @@ def table(result: dict[str, Any]) -> str:
     """An entry of `results` as Markdown."""
     stock = result["rows"][0]
     heads = ["method", "ms/step", "ratio (quartiles)", "images/s"]
+    heads += ["predict, ratio (quartiles)"]
     heads += ["feedback bytes", "peak memory"]
     peak = "share_of_peak" in stock
     heads += ["share of peak"] if peak else []
@@ -705,6 +764,7 @@ def table(result: dict[str, Any]) -> str:
             f"{1e3 * row['median_seconds']:.2f}",
             _spread(row["ratio"]),
             _number(row.get("images_per_second"), ",.0f"),
+            _spread(row.get("prediction_ratio")),
             _number(row.get("feedback_bytes"), ",d"),
             _memory(row.get("peak_memory_bytes"), stock["peak_memory_bytes"]),
         ]
@@ -754,7 +814,9 @@ def input_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _spread(ratio: dict[str, float]) -> str:
+def _spread(ratio: dict[str, float] | None) -> str:
+    if ratio is None:
+        return "-"
     return (
         f"{ratio['median']:.3f} ({ratio['first_quartile']:.3f} to "
         f"{ratio['third_quartile']:.3f})"
