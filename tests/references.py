@@ -5,6 +5,7 @@ each kernel). The error goes down a stage through the stock layer with its
 kernel swapped for B, and B comes from a rule written in NumPy.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -272,9 +273,11 @@ class Rule:
 
     def made_for(self, kind: Kind) -> dict[str, Any]:
         """The arguments of an FA layer of a kind under this rule."""
+        # Instances of their own: a shared one draws other noise each time.
+        arguments = copy.deepcopy(self.arguments)
         if self.kernel_constraint is None:
-            return self.arguments
-        return {**self.arguments, **kind.constrained(self.kernel_constraint)}
+            return arguments
+        return {**arguments, **kind.constrained(self.kernel_constraint)}
 
 
 RULES = {

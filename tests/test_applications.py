@@ -14,6 +14,8 @@ from keras import applications
 from keras import layers
 
 from keras_fa import convert
+from keras_fa import to_backprop
+from keras_fa.conversion import load_stock_weights
 from keras_fa.layers.feedback import feedback_layers
 from keras_fa.methods import METHODS
 
@@ -102,3 +104,46 @@ def test_application(name: str, method: str, tmp_path: Path) -> None:
         np.array_equal(a, b) for a, b in zip(loaded.weights, model.weights)
     )
     assert np.array_equal(loaded(X), model(X))
+
+
+@long_on_jax
+def test_weights_in_the_layout_of_the_applications(tmp_path: Path) -> None:
+    """The old `.h5` layout, in which they are to be had."""
+    shipped, base = (
+        BUILDERS["MobileNetV2"](
+            weights=None, input_shape=(SIZE, SIZE, 3), classes=10
+        )
+        for _ in range(2)
+    )
+    shipped.save(tmp_path / "shipped.h5")
+    model = convert(base, "fa_usf_const_ei")
+    load_stock_weights(model, tmp_path / "shipped.h5")
+    assert np.array_equal(model(X), shipped(X))
+    for layer in filter(lambda layer: layer.weights, shipped.layers):
+        ours = model.get_layer(layer.name).weights
+        assert all(map(np.array_equal, ours, layer.weights)), layer.name
+
+
+@long_on_jax
+def test_fine_tuning_of_a_frozen_application() -> None:
+    """Its head first, then all of it, as in stock Keras."""
+    base = BUILDERS["MobileNetV2"](
+        weights=None, include_top=False, input_shape=(SIZE, SIZE, 3)
+    )
+    start = keras.Input((SIZE, SIZE, 3))
+    x = layers.GlobalAveragePooling2D()(base(start, training=False))
+    source = keras.Model(start, layers.Dense(10, activation="softmax")(x))
+    base.trainable = False
+    model = convert(source, "fa_usf_sn")
+    for each in (model, to_backprop(model)):
+        assert len(each.trainable_weights) == 2
+        each.get_layer(base.name).trainable = True
+        base.trainable = True
+        assert len(each.trainable_weights) == len(source.trainable_weights)
+        base.trainable = False
+        before = [np.array(weight) for weight in each.trainable_weights]
+        each.compile("sgd", "categorical_crossentropy")
+        each.fit(X, Y, verbose=0)
+        for weight, value in zip(each.trainable_weights, before):
+            if "kernel" in weight.path:
+                assert not np.array_equal(weight, value), weight.path

@@ -84,7 +84,13 @@ def trained(model: keras.Model, case: str) -> dict[str, np.ndarray]:
     model.compile(keras.optimizers.SGD(0.5), "mse")
     callbacks = METHODS[CASES[case][0]].callbacks()
     model.fit(X, Y, batch_size=4, verbose=0, callbacks=callbacks)
-    return {weight.path: array(weight) for weight in model.weights}
+    # What constraints remember is a weight on one of the backends alone.
+    remembered = ("kernel_excitatory", "kernel_norm")
+    return {
+        weight.path: array(weight)
+        for weight in model.weights
+        if not weight.path.endswith(remembered)
+    }
 
 
 def write(folder: Path) -> None:

@@ -25,10 +25,10 @@ STORED = {
     "fa": 4 * WEIGHTS,
     "fa_usf_init": 4 * WEIGHTS,
     "fa_usf_init_ei": 5 * WEIGHTS,  # a byte for each sign
-    "fa_usf_sn": 4 * len(KERNELS),
+    "fa_usf_sn": 0,
     "bp_const": 4 * len(KERNELS),
-    "fa_usf_const": 8 * len(KERNELS),
-    "fa_usf_const_ei": WEIGHTS + 8 * len(KERNELS),
+    "fa_usf_const": 4 * len(KERNELS),
+    "fa_usf_const_ei": WEIGHTS + 4 * len(KERNELS),
     "bp_alignment": 4 * WEIGHTS,
     "bp_ei": WEIGHTS,
     "dfa": 4 * 10 * (8 * 8 * 32 + 8 * 8 * 64 + 128),
@@ -84,7 +84,12 @@ def test_every_time_is_kept(written: tuple[dict, str]) -> None:
             assert len(row["seconds_per_step"]) == 3
             assert min(row["seconds_per_step"]) > 0
             assert row["ratio"]["n"] == 3
+            if row["name"] != benchmark.MONITOR:
+                assert len(row["seconds_per_prediction"]) == 3
+                assert min(row["seconds_per_prediction"]) > 0
         assert rows["stock"]["ratio"]["median"] == 1
+        assert rows["stock"]["prediction_ratio"]["median"] == 1
+        assert rows["fa_usf_sn"]["feedback_bytes"] == 0
         assert result["parameters"] == DIGITS.count_params()
 
 
@@ -121,10 +126,11 @@ def test_table(written: tuple[dict, str]) -> None:
         assert heading == f"## digits, {result['dtype_policy']}"
         assert head == (
             "| method | ms/step | ratio (quartiles) | images/s | "
-            "feedback bytes | peak memory | share of peak |"
+            "predict, ratio (quartiles) | feedback bytes | peak memory | "
+            "share of peak |"
         )
         widths = {line.count("|") for line in (head, rule, *rows)}
-        assert widths == {8}
+        assert widths == {9}
         for line, row in zip(rows, result["rows"]):
             cells = [cell.strip() for cell in line.strip("|").split("|")]
             assert cells[0] == row["name"]

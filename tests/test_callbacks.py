@@ -17,6 +17,7 @@ from keras_fa import FADense
 from keras_fa import convert
 from keras_fa.callbacks import AlignmentMonitor
 from keras_fa.callbacks import StrictNormalization
+from keras_fa.constraints import SignConcordance
 from keras_fa.layers.feedback import feedback_layers
 
 RNG = np.random.default_rng(0)
@@ -76,45 +77,165 @@ class Spy(keras.callbacks.Callback):
 # StrictNormalization -------------------------------------------------------
 
 
-@pytest.mark.parametrize("loaded", [False, True])
-def test_norms_are_equal_after_every_batch(
-    loaded: bool, tmp_path: Path
+def strict_after_every_batch(model: keras.Model, *callbacks: Any) -> None:
+    """Fits; B had the norm of W, which moved, whenever it was looked at."""
+    fit(model, *callbacks, spy := Spy())
+    assert max(worst for worst, _ in spy.seen) < 1e-6
+    assert len({norm for _, norm in spy.seen}) == len(spy.seen)
+
+
+def compiled(model: keras.Model, steps: int = 1) -> keras.Model:
+    """The model, compiled with an optimizer that moves norms."""
+    model.compile(keras.optimizers.Adam(0.05), "mse", steps_per_execution=steps)
+    return model
+
+
+@pytest.mark.parametrize("callbacks", [[], [StrictNormalization]])
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_sn_is_strict_with_the_callback_and_without(
+    eagerly: bool, callbacks: list
 ) -> None:
     model = convert(network(), "fa_usf_sn")
-    assert all(mismatch(layer) < 1e-6 for layer in feedback_layers(model))
-    if loaded:
-        fit(model, StrictNormalization())
-        model.save(tmp_path / "model.keras")
-        model = keras.models.load_model(tmp_path / "model.keras")
-    model.compile(keras.optimizers.Adam(0.05), "mse")
-    spy = Spy()
-    fit(model, StrictNormalization(), spy)
-    assert len(spy.seen) == 9
+    if not eagerly:
+        compiled(model)
+    strict_after_every_batch(model, *(make() for make in callbacks))
+
+
+def test_sn_of_one_layer_needs_nothing() -> None:
+    model = compiled(convert(network(), "fa", layers={"second": "fa_usf_sn"}))
+    fit(model)
+    assert mismatch(model.get_layer("second")) < 1e-6
+    assert model.get_layer("second").feedback_kernel is None
+    assert mismatch(model.get_layer("first")) > 1e-4
+
+
+def test_averages_in_the_place_of_kernels_leave_sn_strict() -> None:
+    model = convert(network(), "fa_usf_sn")
+    optimizer = keras.optimizers.Adam(
+        0.05, use_ema=True, ema_overwrite_frequency=3
+    )
+    model.compile(optimizer, "mse")
+    fit(model)
+    assert max(mismatch(layer) for layer in feedback_layers(model)) < 1e-6
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("before", [False, True])
+def test_the_callback_makes_a_training_of_init_one_of_sn(
+    before: bool, steps: int
+) -> None:
+    """To the weight, also where a step of another rule was compiled before."""
+    models = []
+    for method, callbacks in (
+        ("fa_usf_sn", []),
+        ("fa_usf_init", [StrictNormalization()]),
+    ):
+        keras.utils.set_random_seed(1)
+        model = compiled(convert(network(), method), steps)
+        if before:
+            start = [references.array(weight) for weight in model.weights]
+            fit(model)
+            model.set_weights(start)
+            for variable in model.optimizer.variables[2:]:
+                variable.assign(np.zeros(variable.shape))
+            model.optimizer.iterations.assign(0)
+        fit(model, *callbacks)
+        models.append(model)
+    for strict, made_strict in zip(*(m.trainable_weights for m in models)):
+        references.assert_close(
+            references.array(made_strict), references.array(strict)
+        )
+
+
+def test_after_the_fit_the_magnitudes_are_back() -> None:
+    model = compiled(convert(network(), "fa_usf_init"))
+    magnitudes = [np.abs(layer.feedback_kernel) for layer in model.layers]
+    fit(model, StrictNormalization(), spy := Spy())
     assert max(worst for worst, _ in spy.seen) < 1e-6
-    norms = [norm for _, norm in spy.seen]
-    assert len(set(norms)) == 9  # one batch late would show
+    for layer, stored in zip(model.layers, magnitudes):
+        np.testing.assert_array_equal(
+            np.abs(layer.effective_feedback_kernel()), stored
+        )
+    fit(model, spy := Spy())
+    assert min(worst for worst, _ in spy.seen) > 1e-4
 
 
-def test_without_the_callback_norms_part() -> None:
-    spy = Spy()
-    fit(convert(network(), "fa_usf_sn"), spy)
-    assert spy.seen[0][0] < 1e-6
-    assert all(worst > 1e-4 for worst, _ in spy.seen[1:])
+class Remake(keras.callbacks.Callback):
+    """Makes a new train function, as after unfreezing layers."""
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self.model.make_train_function(force=True)
 
 
-def test_normalizes_at_train_begin() -> None:
-    model = convert(network(), "fa_usf_sn")
-    kernel = model.get_layer("second").kernel
-    kernel.assign(5.0 * kernel)
-    spy = Spy()
-    fit(model, StrictNormalization(), spy)
-    assert spy.seen[0][0] < 1e-6
+@pytest.mark.parametrize("other", [StrictNormalization, Remake])
+def test_beside_other_callbacks(other: type) -> None:
+    model = compiled(convert(network(), "fa_usf_init"))
+    strict_after_every_batch(model, StrictNormalization(), other())
+    strict_after_every_batch(model, other(), StrictNormalization())
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_in_a_loop_of_ones_own(compiled: bool) -> None:
-    model = convert(network(), "fa_usf_sn")
-    normalize, optimizer = StrictNormalization(), keras.optimizers.SGD(0.3)
+class Interrupt(keras.callbacks.Callback):
+    """Ends a fit as a user at the keyboard does."""
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        raise KeyboardInterrupt
+
+
+def test_after_an_interrupted_fit_the_next_one_ends_it() -> None:
+    model = compiled(convert(network(), "fa_usf_init"))
+    callback = StrictNormalization()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, callback, Interrupt())
+    fit(model, callback)
+    fit(model, spy := Spy())
+    assert min(worst for worst, _ in spy.seen) > 1e-4
+
+
+def test_a_step_of_the_models_own_stays() -> None:
+    model = compiled(convert(network(), "fa_usf_init"))
+    calls, step = [], model.train_step
+
+    def own(*arguments: Any) -> Any:
+        calls.append(1)
+        return step(*arguments)
+
+    model.train_step = own
+    strict_after_every_batch(model, StrictNormalization())
+    assert calls
+    assert model.train_step is own
+
+
+def test_a_model_that_is_strict_is_compiled_once() -> None:
+    model, functions = compiled(convert(network(), "fa_usf_sn")), []
+
+    class Look(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+            functions.append(self.model.train_function)
+
+    for _ in range(2):
+        fit(model, StrictNormalization(), Look())
+    assert len(set(map(id, functions))) == 1
+
+
+def test_leaves_other_feedback_alone() -> None:
+    model = convert(network(), "fa_usf_init", layers={"first": "fa"})
+    before = [np.array(layer.feedback_kernel) for layer in model.layers]
+    fit(model, StrictNormalization())
+    for layer, stored in zip(model.layers, before):
+        assert np.array_equal(layer.feedback_kernel, stored)
+    assert mismatch(model.get_layer("first")) > 1e-4
+
+
+@pytest.mark.parametrize("method", ["bp", "fa", "bp_noise", "dfa"])
+def test_nothing_to_normalize(method: str) -> None:
+    fit(convert(network(), method), StrictNormalization())
+
+
+@pytest.mark.parametrize("compile_step", [False, True])
+def test_in_a_loop_of_ones_own(compile_step: bool) -> None:
+    model = convert(network(), "fa_usf_init")
+    StrictNormalization().apply(model)
+    optimizer = keras.optimizers.SGD(0.3)
     optimizer.build(model.trainable_variables)
 
     def step(x: Any, y: Any) -> Any:
@@ -124,10 +245,9 @@ def test_in_a_loop_of_ones_own(compiled: bool) -> None:
             [x],
         )
         optimizer.apply(gradients, model.trainable_variables)
-        normalize.apply(model)
         return loss
 
-    if compiled:
+    if compile_step:
         state = [*model.variables, *optimizer.variables]
         step = backends.compiled(step, state)
     norms = set()
@@ -138,133 +258,11 @@ def test_in_a_loop_of_ones_own(compiled: bool) -> None:
     assert len(norms) == 4
 
 
-def test_leaves_other_feedback_alone() -> None:
-    model = convert(
-        network(),
-        "fa_usf_sn",
-        layers={"first": "fa", "second": "fa_usf_init"},
-    )
-    first, second, readout = feedback_layers(model)
-    before = [np.array(layer.feedback_kernel) for layer in (first, second)]
-    strict = float(readout.feedback_kernel)
-    fit(model, StrictNormalization())
-    assert np.array_equal(first.feedback_kernel, before[0])
-    assert np.array_equal(second.feedback_kernel, before[1])
-    assert mismatch(readout) < 1e-6
-    assert float(readout.feedback_kernel) != strict
-
-
-def test_magnitudes_keep_their_ratios() -> None:
-    """Stored kernels that are not one number are scaled as a whole."""
-    layer = FADense(3, feedback_constraint="sign_concordance")
-    model = keras.Sequential([keras.Input((6,)), layer])
-    before = np.array(layer.feedback_kernel)
-    layer.kernel.assign(3.0 * layer.kernel)
+def test_apply_after_a_fit_holds_in_the_next() -> None:
+    model = compiled(convert(network(), "fa_usf_init"))
+    fit(model)
     StrictNormalization().apply(model)
-    ratios = np.array(layer.feedback_kernel) / before
-    np.testing.assert_allclose(ratios, ratios[0, 0], rtol=1e-5)
-    assert mismatch(layer) < 1e-6
-
-
-@pytest.mark.parametrize("method", ["bp", "fa", "bp_noise", "dfa"])
-def test_nothing_to_normalize(method: str) -> None:
-    fit(convert(network(), method), StrictNormalization())
-
-
-def test_steps_per_execution_changes_nothing() -> None:
-    weights = []
-    for steps in (1, 2):
-        keras.utils.set_random_seed(1)
-        model = convert(network(), "fa_usf_sn")
-        sgd = keras.optimizers.SGD(0.3)
-        model.compile(sgd, "mse", steps_per_execution=steps)
-        fit(model, StrictNormalization())
-        assert all(mismatch(layer) < 1e-6 for layer in feedback_layers(model))
-        weights.append(model.get_weights())
-    for one, two in zip(*weights):
-        references.assert_close(two, one)
-
-
-def test_a_fit_without_the_callback_is_plain_again() -> None:
-    model = convert(network(), "fa_usf_sn")
-    model.compile(keras.optimizers.Adam(0.05), "mse")
-    normalize, spy = StrictNormalization(), Spy()
-    fit(model, normalize)
-    fit(model, spy)
-    assert all(worst > 1e-4 for worst, _ in spy.seen[1:])
-    fit(model, normalize, spy := Spy())
-    assert max(worst for worst, _ in spy.seen) < 1e-6
-
-
-def test_one_callback_compiles_one_step_for_all_fits() -> None:
-    model = convert(network(), "fa_usf_sn")
-    model.compile(keras.optimizers.Adam(0.05), "mse")
-    functions = []
-
-    class Look(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-            functions.append(self.model.train_function)
-
-    normalize = StrictNormalization()
-    fit(model, normalize, Look())
-    fit(model, normalize, Look())
-    assert len(functions) == 4
-    assert len(set(map(id, functions))) == 1
-    model.compile(keras.optimizers.SGD(0.0), "mse")
-    kernel = references.array(model.get_layer("second").kernel)
-    fit(model, normalize, Look())
-    assert functions[-1] is not functions[0]
-    np.testing.assert_array_equal(model.get_layer("second").kernel, kernel)
-
-
-class Interrupt(keras.callbacks.Callback):
-    """Ends a fit as a user at the keyboard does."""
-
-    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        if batch == 1:
-            raise KeyboardInterrupt
-
-
-class Remake(keras.callbacks.Callback):
-    """Makes a new train function, as after unfreezing layers."""
-
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        self.model.make_train_function(force=True)
-
-
-@pytest.mark.parametrize("case", ["interrupted", "two", "remade"])
-def test_leaves_nothing_behind(case: str) -> None:
-    model = convert(network(), "fa_usf_sn")
-    model.compile(keras.optimizers.Adam(0.05), "mse")
-    normalize, spy = StrictNormalization(), Spy()
-    others = []
-    if case == "interrupted":
-        with pytest.raises(KeyboardInterrupt):
-            fit(model, normalize, Interrupt())
-    elif case == "two":
-        others = [StrictNormalization()]
-    else:
-        others = [Remake()]
-    fit(model, normalize, *others, spy)
-    assert max(worst for worst, _ in spy.seen) < 1e-6
-    fit(model, spy := Spy())
-    assert all(worst > 1e-4 for worst, _ in spy.seen[1:])
-
-
-def test_a_step_of_the_models_own_stays() -> None:
-    model = convert(network(), "fa_usf_sn")
-    model.compile(keras.optimizers.Adam(0.05), "mse")
-    calls, step = [], model.train_step
-
-    def own(*arguments: Any) -> Any:
-        calls.append(1)
-        return step(*arguments)
-
-    model.train_step = own
-    fit(model, StrictNormalization(), spy := Spy())
-    assert calls
-    assert model.train_step is own
-    assert max(worst for worst, _ in spy.seen) < 1e-6
+    strict_after_every_batch(model)
 
 
 def test_layers_in_a_nested_model() -> None:
@@ -275,21 +273,21 @@ def test_layers_in_a_nested_model() -> None:
         [keras.Input((6,)), inner, layers.Dense(3, name="second")]
     )
     spy = Spy()
-    fit(convert(stock, "fa_usf_sn"), StrictNormalization(), spy)
+    fit(convert(stock, "fa_usf_init"), StrictNormalization(), spy)
     assert max(worst for worst, _ in spy.seen) < 1e-6
 
 
 def test_one_callback_serves_several_models() -> None:
     callback = StrictNormalization()
     for _ in range(2):
-        model, spy = convert(network(), "fa_usf_sn"), Spy()
+        model, spy = convert(network(), "fa_usf_init"), Spy()
         fit(model, callback, spy)
         assert max(worst for worst, _ in spy.seen) < 1e-6
 
 
 def test_under_two_replicas(strategy: Any, tmp_path: Path) -> None:
     with strategy.scope():
-        model = convert(network(), "fa_usf_sn")
+        model = convert(network(), "fa_usf_init")
         model.compile(keras.optimizers.SGD(0.3), "mse")
     spy, monitor = Spy(), AlignmentMonitor((X, Y), tmp_path)
     fit(model, StrictNormalization(), spy, monitor)
@@ -496,12 +494,24 @@ def test_models_that_are_not_built_yet(
         "feedback_constraint": "sign_concordance",
     }
     model, monitored, called = (build(**rule) for _ in range(3))
-    fit(model, StrictNormalization())
-    assert max(mismatch(layer) for layer in feedback_layers(model)) < 1e-6
+    worst = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(
+            self, batch: int, logs: dict | None = None
+        ) -> None:
+            backends.synchronize(self.model)
+            worst.extend(map(mismatch, feedback_layers(self.model)))
+
+    fit(model, StrictNormalization(), Look())
+    assert len(worst) == 16
+    assert max(worst) < 1e-6
     monitor = AlignmentMonitor(probe=(X, Y))
     fit(monitored, StrictNormalization(), monitor)
     assert len(monitor.columns) == 8
-    assert max(mismatch(layer) for layer in feedback_layers(monitored)) < 1e-6
+    for measures in monitor.history.values():
+        ratios = [v for k, v in measures.items() if "norm_ratio" in k]
+        np.testing.assert_allclose(ratios, 1, rtol=1e-5)
     called(X)
     if initializer == "constant":
         assert max(mismatch(layer) for layer in feedback_layers(called)) < 1e-6
@@ -516,18 +526,15 @@ def test_apply_before_the_model_is_built() -> None:
     assert max(mismatch(layer) for layer in model.layers) < 1e-6
 
 
-def test_a_kernel_of_zeros_does_not_wipe_out_the_stored_feedback() -> None:
+def test_a_kernel_of_zeros_sends_nothing_until_it_moves() -> None:
     layer = FADense(
         3,
         kernel_initializer="zeros",
-        feedback_initializer="he_normal",
-        feedback_constraint="sign_concordance",
+        feedback_constraint=SignConcordance(strict=True),
     )
     layer.build((None, 6))
-    normalize = StrictNormalization()
-    normalize.apply(layer)
+    assert not np.any(layer.effective_feedback_kernel())
     layer.kernel.assign(RNG.normal(size=(6, 3)))
-    normalize.apply(layer)
     assert mismatch(layer) < 1e-6
 
 

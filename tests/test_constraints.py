@@ -205,7 +205,7 @@ def test_signs_never_change(kind: str) -> None:
     ):
         w = references.array(kernel)
         assert (w * sign >= 0).all()
-        assert not np.signbit(w[w == 0]).any()
+        np.testing.assert_array_equal(np.signbit(w), sign < 0)
         stopped += (w == 0).sum()
         np.testing.assert_array_equal(stored_signs(kernel), sign)
         # A weight at zero keeps its sign and its feedback's magnitude.
@@ -508,7 +508,9 @@ def test_stock_weights_file_sets_the_state_anew(
 def test_refresh_after_set_weights(per: str) -> None:
     model = stateful_model(per)
     before = remembered(model)
-    model.set_weights([-2 * w for w in model.get_weights()])
+    for name in ("conv", "fc"):
+        kernel = model.get_layer(name).kernel
+        kernel.assign(-2 * kernel)
     for name, value in remembered(model).items():
         np.testing.assert_array_equal(value, before[name])
     keras_fa.refresh(model)
@@ -648,7 +650,7 @@ def test_two_of_a_kind_are_refused() -> None:
 @pytest.mark.parametrize(
     "constraint",
     [
-        SignConcordance(fixed_magnitude=True),
+        SignConcordance(strict=True),
         constraints.TiedKernel(),
         NoisyKernel(33.0, seed=4),
         Stored("non_neg"),
@@ -811,3 +813,18 @@ def test_what_is_remembered_may_change_after_training() -> None:
     np.testing.assert_allclose(
         np.linalg.norm(kernel), np.linalg.norm(other), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_units_at_zero_keep_their_sign_in_half_precision(dtype: str) -> None:
+    layer = FADense(
+        3, dtype=dtype, kernel_constraint=FixedSign(per="unit", seed=1)
+    )
+    layer.build((None, 12))
+    before = references.array(layer.kernel.constraint.state["excitatory"])
+    assert 0 < before.mean() < 1
+    kernel = references.array(keras.ops.cast(layer.kernel, "float32"))
+    layer.kernel.assign(np.where(np.signbit(kernel), -0.0, 0.0))
+    layer.refresh()
+    after = references.array(layer.kernel.constraint.state["excitatory"])
+    np.testing.assert_array_equal(after, before)

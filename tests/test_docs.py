@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import keras
 import pytest
 from backends import ON_TENSORFLOW
 
@@ -58,11 +57,10 @@ EXAMPLES = examples()
 
 def modules() -> list[ModuleType]:
     """The package and all of its modules but those of other backends."""
-    own = f"keras_fa.gradients_{keras.backend.backend()}"
     names = [
         found.name
         for found in pkgutil.walk_packages(keras_fa.__path__, "keras_fa.")
-        if not found.name.startswith("keras_fa.gradients_") or found.name == own
+        if not found.name.startswith("keras_fa._")
     ]
     return [keras_fa, *map(importlib.import_module, names)]
 

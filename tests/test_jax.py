@@ -1,5 +1,8 @@
 """What is JAX's own: staging, state that `fit` holds, donated memory."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import backends
@@ -95,7 +98,65 @@ def test_measures_within_an_epoch() -> None:
     assert ratio == pytest.approx(1, abs=1e-5)
 
 
-def test_sparse_inputs_are_refused() -> None:
+def test_sparse_inputs() -> None:
+    """As the dense ones; there is nothing below to send an error to."""
     layer = FADense(3)
-    with pytest.raises(ValueError, match="dense inputs"):
-        layer(sparse.BCOO.fromdense(X))
+    layer.build(X.shape)
+    inputs = sparse.BCOO.fromdense(X)
+    np.testing.assert_allclose(layer(inputs), layer(X), rtol=1e-5)
+
+    def output(kernel: jax.Array, values: jax.Array) -> jax.Array:
+        x = sparse.BCOO((values, inputs.indices), shape=X.shape)
+        weights = [kernel, layer.bias.value], [layer.feedback_kernel.value]
+        return layer.stateless_call(*weights, x)[0].sum()
+
+    of_kernel, below = jax.grad(output, (0, 1))(layer.kernel.value, inputs.data)
+    references.assert_close(
+        references.array(of_kernel), X.T @ np.ones((8, 3), "f")
+    )
+    assert not np.any(below)
+
+
+_SHARDED = """
+import keras
+import numpy as np
+from keras import distribution
+from keras_fa import convert
+
+pattern, method = {!r}, {!r}
+mesh = distribution.DeviceMesh(
+    (1, 2), ["batch", "model"], devices=distribution.list_devices()
+)
+layouts = distribution.LayoutMap(mesh)
+layouts[pattern] = (None, "model")
+distribution.set_distribution(
+    distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
+)
+stock = keras.Sequential(
+    [keras.Input((8,)), keras.layers.Dense(4, name="dense")]
+)
+model = convert(stock, method)
+model.compile("sgd", "mse")
+model.fit(np.ones((4, 8)), np.ones((4, 4)), verbose=0)
+layer = model.layers[-1]
+for kernel in (layer.kernel, layer.feedback_kernel):
+    print(kernel is not None and tuple(kernel.value.sharding.spec))
+"""
+
+
+@pytest.mark.parametrize("method", ["fa", "fa_usf_sn", "fa_usf_init_ei"])
+@pytest.mark.parametrize("pattern", [".*dense.*kernel", ".*dense/kernel"])
+def test_feedback_kernels_are_sharded_as_kernels(
+    pattern: str, method: str
+) -> None:
+    flags = "--xla_force_host_platform_device_count=2"
+    done = subprocess.run(
+        [sys.executable, "-c", _SHARDED.format(pattern, method)],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    kernel, feedback = done.stdout.splitlines()
+    assert kernel == "(None, 'model')"
+    assert feedback == ("False" if method == "fa_usf_sn" else kernel)

@@ -784,10 +784,6 @@ QUANTIZED = {
         3, quantization_config=keras.quantizers.Int8QuantizationConfig()
     ),
     "enable_lora": lambda: built_dense().enable_lora(2),
-    "quantize": lambda: built_dense().quantize("int8"),
-    "model.quantize": lambda: keras.Sequential(
-        [keras.Input((5,)), FADense(3)]
-    ).quantize("int8"),
 }
 
 
@@ -803,6 +799,20 @@ def built_dense() -> FADense:
 def test_lora_and_quantization_are_refused(case: str) -> None:
     with pytest.raises(ValueError, match="neither LoRA nor quantization"):
         QUANTIZED[case]()
+
+
+@pytest.mark.filterwarnings("ignore:Layer InputLayer")
+@pytest.mark.parametrize("filters", [None, "one"])
+def test_model_quantize_says_what_it_leaves(filters: str | None) -> None:
+    model = keras.Sequential(
+        [keras.Input((5,)), keras.layers.Dense(4), FADense(3, name="one")]
+    )
+    kernel = references.array(model.layers[-1].kernel)
+    with pytest.warns(UserWarning, match="'?one'?.*mode='int8'"):
+        model.quantize("int8", filters=filters)
+    np.testing.assert_array_equal(model.layers[-1].kernel, kernel)
+    with pytest.raises(NotImplementedError, match="neither LoRA nor"):
+        model.layers[-1].quantize("int8")
 
 
 @pytest.mark.parametrize(

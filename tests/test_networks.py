@@ -16,7 +16,6 @@ from backends import requires_tensorflow
 from errors import UserError
 
 from keras_fa import convert
-from keras_fa.callbacks import StrictNormalization
 from keras_fa.layers.feedback import feedback_layers
 
 # Parameters, without the moving statistics. Published for 1000 or 10 classes:
@@ -109,12 +108,10 @@ def test_a_step_compiles_with_xla() -> None:
         jit_compile=False,
     )
     model.optimizer.build(model.trainable_variables)
-    normalization = StrictNormalization()
 
     @tf.function(jit_compile=True)
     def step(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         logs = model.train_step((x, y))
-        normalization.apply(model)
         return logs["loss"]
 
     before = [array(v) for v in model.trainable_variables]
@@ -200,9 +197,71 @@ def test_size_of_images() -> None:
     assert model.input_shape == (None, 40, 40, 3)
 
 
-def test_batch_statistics_over_replicas() -> None:
+@pytest.mark.parametrize(
+    "name", ["digits", "mnist", "cifar10_1", "cifar10_2", "imagenet_2"]
+)
+def test_normalization(name: str) -> None:
+    """In front of each ReLU but the readout's, and nothing else is changed."""
+    options = {}
+    if models.NETWORKS[name].resizable:
+        options["image_size"] = models.NETWORKS[name].least_size
+    plain = models.build(name, 10, **options)
+    model = models.build(name, 10, normalization="batch", **options)
+    *hidden, readout = [x for x in plain.layers if hasattr(x, "kernel")]
+    expected = []
+    for layer in plain.layers[1:]:
+        expected.append(layer.name)
+        if layer in hidden:
+            expected += [f"{layer.name}_bn", f"{layer.name}_relu"]
+    assert [layer.name for layer in model.layers[1:]] == expected
+    for layer in hidden:
+        other = model.get_layer(layer.name)
+        assert other.kernel.shape == layer.kernel.shape
+        assert other.activation is keras.activations.linear
+        assert not other.use_bias
+    other = model.get_layer(readout.name)
+    assert other.get_config() == readout.get_config()
+    x = noise(model, 64 if name != "imagenet_2" else 8)
+    inner = keras.Model(
+        model.input, model.get_layer(f"{hidden[0].name}_bn").output
+    )
+    y = array(inner(x, training=True))
+    mean, variance = y.mean((0, 1, 2)), y.var((0, 1, 2))
+    assert np.allclose(mean, 0, atol=1e-3)
+    assert np.allclose(variance, 1, atol=1e-2)
+    assert array(model(x)).dtype == "float32"
+
+
+def test_scale_of_normalized_kernels() -> None:
+    model = models.build("mnist", 10, normalization="batch", kernel_scale=0.1)
+    kernel = array(model.get_layer("fc1").kernel)
+    he_normal = np.sqrt(2 / kernel.shape[0])
+    assert np.std(kernel) == pytest.approx(0.1 * he_normal, rel=0.05)
+
+
+def test_which_networks_have_normalization_of_their_own() -> None:
+    for name, network in models.NETWORKS.items():
+        layers = (
+            small(name).layers
+            if network.resizable
+            else (models.build(name, 10).layers)
+        )
+        normalizes = any(
+            isinstance(layer, keras.layers.BatchNormalization)
+            for layer in layers
+        )
+        assert network.normalizes == normalizes, name
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("resnet20", {}), ("digits", {"normalization": "batch"})],
+)
+def test_batch_statistics_over_replicas(
+    name: str, options: dict[str, str]
+) -> None:
     for synchronized in (False, True):
-        model = models.build("resnet20", 10, synchronized=synchronized)
+        model = models.build(name, 10, synchronized=synchronized, **options)
         assert {
             layer.get_config()["synchronized"]
             for layer in model.layers

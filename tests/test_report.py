@@ -285,7 +285,9 @@ def test_skipped(damage, says, tmp_path, made):
     ("changes", "says"),
     [
         ({"epochs": 4}, "differ in epochs (3 and 4)"),
-        ({"dropout": 0.5}, "differ in dropout (none and 0.5)"),
+        ({"dropout": 0.5}, "differ in dropout (0.0 and 0.5)"),
+        ({"normalization": "batch"}, "normalization (none and batch)"),
+        ({"lengths": [1, 3]}, "differ in lengths (none and [1, 3])"),
         ({"seed": 0}, "are both of seed 0"),
     ],
 )
@@ -321,6 +323,42 @@ def test_what_is_measured_is_no_recipe(changes, tmp_path, made):
     assert errors == ""
     assert rows(output)[2][1] == "1.50 ± 0.71 (n=2)"
     assert not set(changes) & set(output.split())
+
+
+# What main.py writes today and did not when the first results were made.
+YOUNGER = {
+    "tpu": None,
+    "label_smoothing": 0.0,
+    "image_size": None,
+    "crop_area": None,
+    "normalization": "none",
+    "replicas": 1,
+    "workers": 1,
+    "training_images": 1257,
+    "skipped_images": [],
+}
+
+
+@pytest.mark.usefixtures("_without_figures")
+def test_an_old_run_and_a_new_one_of_its_recipe_are_a_cell(tmp_path, made):
+    write_run(tmp_path / "old", test_error=1.0)
+    write_run(tmp_path / "new", seed=1, test_error=2.0, **YOUNGER)
+    _, output, errors = made()
+    assert errors == ""
+    assert rows(output)[2][1] == "1.50 ± 0.71 (n=2)"
+    assert "label_smoothing" not in output
+
+
+@pytest.mark.usefixtures("_without_figures")
+def test_runs_of_unlike_data_are_no_cell(tmp_path, made):
+    """Though the first of them does not say how many images it had."""
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", seed=1, **YOUNGER)
+    write_run(tmp_path / "c", seed=2, **{**YOUNGER, "training_images": 100})
+    write_cell(tmp_path, [3.0], method="fa")
+    _, output, errors = made()
+    assert [row[0] for row in rows(output)[2:]] == ["FA"]
+    assert "differ in training_images (1257 and 100)" in errors
 
 
 def words_of(svg: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """A column of the table from one command, and the search of its recipes."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ import search
 import sweep
 from backends import array
 from backends import long_on_jax
+from backends import requires_tensorflow
 from errors import Busy
 from errors import UserError
 
@@ -211,6 +213,35 @@ def test_job_is_finished_by_its_own_recipe_alone(job):
     assert not sweep.conflict(finished)
 
 
+def test_job_is_finished_by_a_run_that_is_older_than_a_setting(job):
+    finished = job("fa", 3, finished=True)
+    file = finished.folder / "result.json"
+    result = json.loads(file.read_text())
+    for name in ("normalization", "label_smoothing", "image_size"):
+        del result[name]
+    file.write_text(json.dumps(result))
+    assert sweep.result(finished) == result
+    batch = {**finished.settings, "normalization": "batch"}
+    other = finished._replace(settings=batch)
+    assert sweep.result(other) is None
+    assert "normalization=none, and normalization=batch" in sweep.conflict(
+        other
+    )
+
+
+@requires_tensorflow  # a run of one backend is none of the other's
+@pytest.mark.parametrize(("column", "least"), [("mnist", 9), ("cifar10_1", 1)])
+def test_committed_results_are_finished_jobs(column, least):
+    """Of seed 0; their recipes are those of the column's flag files."""
+    commandline.parse(
+        reproduce.FLAGS, ["reproduce.py", f"--column={column}", "--seeds=1"]
+    )
+    folder = ROOT / "train/results" / column
+    wanted = reproduce.jobs([f"--runs_dir={folder}"])
+    assert not [text for text in map(sweep.conflict, wanted) if text]
+    assert sum(sweep.result(job) is not None for job in wanted) >= least
+
+
 def test_another_recipe_is_not_overwritten(job, capsys, monkeypatch):
     other, wanted = job("fa", 3, finished=True), job("fa")
     write_result(other, dropout=0.5)
@@ -265,6 +296,133 @@ def test_run_that_was_told_to_stop_is_not_finished(job, capsys, monkeypatch):
     ]
 
 
+@pytest.fixture
+def begun(monkeypatch):
+    """The seeds of the runs that a sweep begins, which end at once."""
+    seeds = []
+
+    class Process:
+        returncode = 0
+        poll = terminate = wait = lambda self: 0
+
+        def __init__(self, command, **kwargs):
+            commandline.parse(main.FLAGS, command[1:])
+            config = main.settings()
+            seeds.append(config.seed)
+            folder = main.run_folder(config)
+            folder.mkdir(exist_ok=True)
+            result = {**vars(config), "test_error": 1.0}
+            (folder / "result.json").write_text(json.dumps(result))
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", Process)
+    return seeds
+
+
+def as_seed(job, seed):
+    """A job whose place in the order is that of another seed."""
+    return job._replace(settings={**job.settings, "seed": seed})
+
+
+def test_cheapest_run_comes_first(job, begun):
+    slow, fast = job("dfa", 3, 20, finished=True), job("fa", 3, 10, True)
+    jobs = [
+        slow,
+        fast,
+        job("dfa"),  # 60 seconds
+        job("bp"),  # unknown: as the others on average, 45 seconds
+        job("fa", 1),  # 20 seconds
+        job("fa"),  # 30 seconds
+        job("dfa", 2, 20),  # 20 seconds; of equals the first comes first
+    ]
+    assert [sweep.seconds_of(job, sweep.paces(jobs)) for job in jobs[2:]] == [
+        60, 45, 20, 30, 20
+    ]  # fmt: skip
+    order = []
+    todo = [as_seed(job, 0) for job in jobs[2:]]
+    while todo:
+        todo.remove(chosen := sweep._next(todo, jobs, math.inf))
+        order.append([job.folder for job in jobs].index(chosen.folder))
+    assert order == [4, 6, 5, 3, 2]
+    # The first seed of all methods, though it takes longer.
+    first, second = as_seed(jobs[2], 0), as_seed(jobs[4], 1)
+    assert sweep._next([second, first], jobs, math.inf) == first
+    assert sweep.run(jobs[2:]) == {}
+    assert begun == [2, 3, 4, 5, 6]
+
+
+def test_order_while_no_time_is_known(job, begun):
+    jobs = [job("dfa"), job("bp"), job("fa")]
+    assert [sweep._next(jobs[n:], jobs, math.inf) for n in range(3)] == jobs
+
+
+def test_no_run_is_begun_that_cannot_be_finished(job, begun, capsys):
+    slow, fast = job("dfa", 3, 3000, finished=True), job("fa", 3, 1000, True)
+    jobs = [slow, fast, job("dfa"), job("fa"), job("dfa", 2, 3000)]
+    assert sweep.run(jobs, time.monotonic() + 3600) == {}
+    assert begun == [3, 4]
+    output = capsys.readouterr().out
+    left = f"Not enough time is left for {jobs[2].name} (about 2 h 30 min)."
+    assert output.rstrip().endswith(left)
+    assert "All" not in output
+    begun.clear()
+    assert sweep.run(jobs, time.monotonic() + 9100) == {}
+    assert begun == [2]
+    assert "All 5 runs are finished." in capsys.readouterr().out
+
+
+def test_deadline_without_a_known_time(job, begun, capsys):
+    """A run may be begun that might be finished, and none after the hour."""
+    jobs = [job("dfa"), job("fa")]
+    assert sweep.run(jobs, time.monotonic() - 1) == {}
+    assert begun == []
+    output = capsys.readouterr().out
+    assert f"{jobs[0].name} (an unknown time), {jobs[1].name}" in output
+    assert sweep.run(jobs, time.monotonic() + 3600) == {}
+    assert begun == [0, 1]
+
+
+def test_runs_that_are_finished_elsewhere(tmp_path, monkeypatch, begun, capsys):
+    """They count, and are left as they are; another recipe does not count."""
+    monkeypatch.chdir(tmp_path)
+    done, work = tmp_path / "done", tmp_path / "work"
+    work.mkdir()
+    column = ["reproduce.py", "--column=digits", "--methods=bp", "--seeds=3"]
+    here, there = [f"--runs_dir={folder}" for folder in (work, done)]
+
+    def jobs(*arguments):
+        commandline.parse(reproduce.FLAGS, [*column, *arguments[1:]])
+        return reproduce.jobs([arguments[0], "--epochs=3"])
+
+    for job, changes in zip(jobs(there), ({}, {"dropout": 0.5}, None)):
+        job.folder.mkdir(parents=True)
+        rows = "".join(f"{n},0.5,1000,100\n" for n in (1, 2, 3))
+        (job.folder / "history.csv").write_text(
+            "epoch,val_accuracy,seconds,examples_per_second\n" + rows
+        )
+        if changes is not None:
+            write_result(job, **changes)
+    files = {f: f.read_bytes() for f in done.rglob("*") if f.is_file()}
+    command = [*column, here, "--epochs=3", f"--finished={done}"]
+    # An epoch takes as long as it has taken there: none is begun.
+    assert reproduce.run([*command, "--hours=0.5"]) == 0
+    output = capsys.readouterr().out
+    assert "1 of 3 runs are finished already." in output
+    assert "dropout=0.5, and dropout=0.0 is asked for. It does not" in output
+    assert "bp seed 1 (about 50 min), digits bp seed 2 (about" in output
+    assert begun == []
+    assert reproduce.run([*command, "--hours=1"]) == 0
+    assert begun == [1, 2]
+    assert "All 3 runs are finished." in capsys.readouterr().out
+    assert files == {f: f.read_bytes() for f in done.rglob("*") if f.is_file()}
+    # Where this machine has measured a kind itself, that is what counts.
+    mine, *_ = jobs(here, f"--finished={done}")
+    mine.folder.mkdir()
+    (mine.folder / "history.csv").write_text(
+        "epoch,val_accuracy,seconds,examples_per_second\n1,0.5,7,100\n"
+    )
+    assert sweep.paces([mine]) == {mine.kind: 7}
+
+
 def test_kill_ends_the_run_under_way(tmp_path):
     process = begin(
         "reproduce.py",
@@ -312,12 +470,17 @@ def test_failed_run_is_named_and_the_others_go_on(tmp_path, capfd):
         ("--column=digits --epoch=3", "epochs"),
         ("--column=digits --epochs=none", "1 to 100000"),
         ("--column=digits extra", "extra"),
+        ("--column=digits --hours=0", "above 0"),
+        ("--column=digits --hours=nan", "above 0"),
+        ("--column=digits --hours=soon", "hours"),
+        ("--column=digits --finished=nowhere", "no such folder"),
     ],
 )
 def test_bad_input(arguments, says, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
+    own = ("--seeds", "--hours", "--finished")
     for program in (reproduce, search):
-        if program is search and "--seeds" in arguments:
+        if program is search and any(flag in arguments for flag in own):
             continue
         name = f"{program.__name__}.py"
         assert program.run([name, *arguments.split()]) in (1, 2)
@@ -504,6 +667,29 @@ def test_dropout():
     assert "dropout" not in [x.name for x in models.build("mnist", 10).layers]
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_weight_decay(optimizer):
+    """Decoupled from the gradients, which are zero here; of kernels alone."""
+    config = settings(
+        "--weight_decay=0.5",
+        "--learning_rate=0.1",
+        "--normalization=batch",
+        f"--optimizer={optimizer}",
+        "--warmup_epochs=0",
+    )
+    model = main.build(config)
+    main.compile_model(model, config, steps_per_epoch=5)
+    weights = model.trainable_variables
+    assert {v.name for v in weights} == {"kernel", "bias", "gamma", "beta"}
+    for weight in weights:
+        weight.assign(np.ones(weight.shape))
+    zeros = [keras.ops.zeros(weight.shape) for weight in weights]
+    model.optimizer.apply(zeros, weights)
+    for weight in weights:
+        left = 1 - 0.1 * 0.5 if weight.name == "kernel" else 1.0
+        assert np.allclose(array(weight), left), weight.path
+
+
 def stored(model, name):
     return array(model.get_layer(name).feedback_kernel)
 
@@ -554,6 +740,11 @@ def test_feedback_scale_of_maps(method):
         ("--dropout=1", "below 1"),
         ("--dropout=-0.1", "below 1"),
         ("--dropout=0.5 --dataset=cifar10 --model=cifar10_2", "of its own"),
+        ("--normalization=layer", "batch"),
+        (
+            "--normalization=batch --dataset=cifar10 --model=resnet20",
+            "of its own",
+        ),
         ("--feedback_scale=2 --method=fa_usf_sn", "--method=fa|"),
         ("--feedback_scale=2 --method=bp", "dfa|dense_fa"),
         ("--feedback_maps=sparse", "convolutional"),
@@ -574,11 +765,13 @@ def test_recipe_is_kept(tmp_path, capfd):
     """A run goes on with the recipe that it began with, or not at all."""
     begun = ["main.py", "--method=dfa", "--epochs=1", f"--runs_dir={tmp_path}"]
     recipe = ["--kernel_scale=0.5", "--feedback_scale=2", "--dropout=0.1"]
+    recipe += ["--normalization=batch"]
     assert main.run([*begun, *recipe]) == 0
     (result,) = tmp_path.rglob("result.json")
     found = json.loads(result.read_text())
     assert (found["kernel_scale"], found["feedback_scale"]) == (0.5, 2.0)
     assert (found["dropout"], found["feedback_maps"]) == (0.1, "dense")
+    assert found["normalization"] == "batch"
     for flag in recipe:
         others = [other for other in recipe if other != flag]
         changed = [*begun, *others, "--resume", "--epochs=2"]

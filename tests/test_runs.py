@@ -397,6 +397,23 @@ def test_other_data_than_before(setting, value, says, left):
         runs.check_data(left, progress, {**now, setting: value})
 
 
+def test_checkpoint_that_is_older_than_a_setting(left, monkeypatch):
+    """It was trained as if the flag had been at its default."""
+    read = json.loads
+
+    def old(text):
+        saved = read(text)
+        for name in ("normalization", "label_smoothing", "workers"):
+            del saved["settings"][name]
+        return saved
+
+    monkeypatch.setattr(runs.json, "loads", old)
+    progress = runs.look(left, settings(), resume=True)
+    assert progress.epoch == 1
+    with pytest.raises(UserError, match="--normalization=none, not batch"):
+        runs.look(left, settings("--normalization=batch"), resume=True)
+
+
 @pytest.mark.parametrize("error", [EOFError, NotImplementedError, zlib.error])
 def test_whatever_a_damaged_archive_raises(error, copy, monkeypatch, capfd):
     unpatched = zipfile.ZipFile.testzip

@@ -194,7 +194,7 @@ def test_step_is_a_graph_of_fixed_shapes_without_the_host(strategy, network):
 
     class Look(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
-            function = self.model.train_function._function
+            function = self.model.train_function
             traced.append(function.get_concrete_function(iter(batches)))
 
     model.fit(

@@ -18,8 +18,9 @@ from keras import ops
 from keras_fa import conversion
 from keras_fa import convert
 from keras_fa import to_backprop
+from keras_fa._gradients import backpropagation
+from keras_fa._wiring import Graph
 from keras_fa.constraints import TiedKernel
-from keras_fa.gradients import backpropagation
 from keras_fa.layers.direct import SendError
 from keras_fa.layers.direct import StopError
 from keras_fa.methods import METHODS
@@ -1119,3 +1120,226 @@ def test_dfa_sends_the_error_of_other_outputs(activation: str) -> None:
     mse = keras.losses.MeanSquaredError()
     ours, theirs = (gradients(model, X, Y, mse) for model in models)
     check(ours, {"a/kernel": theirs["a/kernel"]})
+
+
+# The recording -------------------------------------------------------------
+
+
+def _shared() -> keras.Model:
+    start = keras.Input((4,))
+    shared = layers.Dense(4, activation="relu", name="shared")
+    x = layers.Add()([shared(start), shared(shared(start))])
+    return keras.Model(start, layers.Dense(3, name="out")(ops.tanh(x)))
+
+
+def _two_inputs() -> keras.Model:
+    left, right = keras.Input((4,), name="left"), keras.Input((4,), name="b")
+    x = layers.Dense(4, name="h")(left)
+    x = layers.Multiply()([x, right, x])
+    x = ops.where(x > 0, x, right)
+    return keras.Model({"left": left, "b": right}, layers.Dense(3)(x))
+
+
+def _keywords() -> keras.Model:
+    start, other = keras.Input((5, 4)), keras.Input((5, 4))
+    x = layers.Dense(4, name="h")(start)
+    x = layers.MultiHeadAttention(1, 4, name="odd")(x, value=other, key=x)
+    return keras.Model([start, other], layers.Dense(3)(x))
+
+
+def _part_of_another() -> keras.Model:
+    """Layers that other models call, too."""
+    start = keras.Input((4,))
+    first, second = layers.Dense(4, name="a"), layers.Dense(4, name="b")
+    keras.Model(start, second(first(start)))
+    other = keras.Input((4,))
+    first(second(other))
+    x = second(layers.ReLU()(second(other)))
+    return keras.Model(other, layers.Dense(3, name="out")(first(x)))
+
+
+def _masked() -> keras.Model:
+    return masked("softmax")
+
+
+def _several_outputs() -> keras.Model:
+    x, h, c = layers.LSTM(4, return_state=True, name="odd")(
+        start := keras.Input((5, 4))
+    )
+    x, h = layers.Dense(4, name="a")(x), layers.Dense(4, name="b")(h)
+    return keras.Model(start, layers.Dense(3)(layers.Add()([c, x, h])))
+
+
+def _transformer() -> keras.Model:
+    """A Vision Transformer written with functions."""
+    start = keras.Input((8, 8, 3))
+    x = ops.image.extract_patches(start, 4)
+    x = layers.Dense(4, name="project")(ops.reshape(x, (-1, 4, 48)))
+    x = x + ops.reshape(ops.arange(16, dtype="float32"), (4, 4)) / 16
+    y = layers.LayerNormalization(name="norm")(x)
+    x = x + layers.MultiHeadAttention(2, 2, name="odd")(y, y)
+    y = layers.Dense(8, activation="gelu", name="wide")(ops.normalize(x))
+    x = x + layers.Dense(4, name="narrow")(y)
+    x = keras.activations.relu(ops.mean(x, axis=1))
+    return keras.Model(start, layers.Dense(3, name="out")(x))
+
+
+RECORDED = [
+    _shared,
+    _two_inputs,
+    _keywords,
+    _part_of_another,
+    _masked,
+    _several_outputs,
+    _transformer,
+    lambda: mlp("softmax operation"),
+]
+
+
+def _examples(model: keras.Model) -> list[np.ndarray] | dict | np.ndarray:
+    return keras.tree.map_structure(
+        lambda x: (
+            RNG.integers(0, 3, (N, *x.shape[1:]))
+            if x.dtype == "int32"
+            else RNG.normal(size=(N, *x.shape[1:])).astype("float32")
+        ),
+        model.input,
+    )
+
+
+def _calls_of(model: keras.Model) -> dict[str, int]:
+    """How many calls each operation has recorded, of this and other models."""
+    return {o.name: len(o._inbound_nodes) for o in model.operations}
+
+
+@pytest.mark.parametrize("build", RECORDED)
+def test_node_i_is_call_i_of_a_clone(
+    build: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build()
+    calls = _calls_of(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(layers.Layer, "add_weight", None)  # none is made
+        graph = Graph(model, lambda operation: False)
+    assert _calls_of(model) == calls
+    originals, made, tensors = {}, [], {}
+
+    def clone(layer: Any) -> Any:
+        new = type(layer).from_config(layer.get_config())
+        originals[new] = layer
+        return new
+
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        given = [
+            tensors.get(id(value))
+            for value in keras.tree.flatten((args, kwargs))
+            if isinstance(value, keras.KerasTensor)
+        ]
+        outputs = layer(*args, **kwargs)
+        node = graph.nodes[len(made)]
+        made.append((outputs, args, kwargs))  # so that no id is used again
+        for tensor in keras.tree.flatten(outputs):
+            tensors[id(tensor)] = node
+        assert node.operation is originals[layer]
+        assert node.shape == getattr(outputs, "shape", None)
+        parents = [p if p.operation else None for p in node.parents]
+        assert parents == given
+        return outputs
+
+    keras.models.clone_model(model, clone_function=clone, call_function=call)
+    assert len(made) == len(graph.nodes)
+    # A layer that is called again has another label.
+    assert len({node.label for node in graph.nodes}) == len(graph.nodes)
+
+
+@pytest.mark.parametrize("build", RECORDED)
+@pytest.mark.parametrize("method", ["dfa", "dense_fa"])
+def test_any_graph_is_wired(build: Callable, method: str) -> None:
+    stock = build()
+    x = _examples(stock)
+    model = convert(stock, method, skip=_odd(stock))
+    assert np.array_equal(model(x), stock(x))
+    assert _all_maps(model) or method == "dense_fa"  # two layers, no more
+    assert np.array_equal(to_backprop(model)(x), stock(x))
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.fit(x, np.ones(stock(x).shape), verbose=0)
+    assert all(np.isfinite(weight).all() for weight in model.get_weights())
+    assert not np.array_equal(model(x), stock(x))
+
+
+def _odd(model: keras.Model) -> list[str]:
+    return [layer.name for layer in model.layers if layer.name == "odd"]
+
+
+@backends.requires_tensorflow
+@pytest.mark.parametrize("method", ["dfa", "dense_fa"])
+def test_layers_that_compute_in_another_precision(method: str) -> None:
+    """Their output is told by a trace of the call, which casts."""
+    import tensorflow as tf
+
+    class Scaled(layers.Layer):
+        def build(self, shape: tuple) -> None:
+            self.scale = self.add_weight(shape=(shape[-1],))
+
+        def call(self, inputs: Any) -> Any:
+            return tf.multiply(inputs, self.scale)  # no dtypes are mixed
+
+    policy = "mixed_bfloat16"
+    start = keras.Input((4,))
+    x = Scaled(dtype=policy)(layers.Dense(4, "relu", dtype=policy)(start))
+    x = Scaled(dtype=policy)(layers.Dense(4, "relu", dtype=policy)(x))
+    stock = keras.Model(start, layers.Dense(3, dtype=policy)(x))
+    model = convert(stock, method)
+    assert np.array_equal(model(X), stock(X))
+
+
+# Each is one operation in a graph, of `keras.ops` or of `keras.activations`.
+ACTIVATIONS = (
+    "celu elu gelu hard_shrink hard_sigmoid hard_tanh leaky_relu log_sigmoid "
+    "log_softmax relu relu6 selu sigmoid silu soft_shrink softmax softplus "
+    "softsign sparse_plus sparse_sigmoid squareplus tanh tanh_shrink"
+).split()
+PASSED = {
+    **{f"activations.{n}": getattr(keras.activations, n) for n in ACTIVATIONS},
+    **{f"ops.{n}": getattr(ops, n) for n in ACTIVATIONS},
+    "ops.hard_silu": ops.hard_silu,
+    "ops.sparsemax": ops.sparsemax,
+    "layer": layers.Activation("mish"),
+}
+STOPPED = {
+    "scaled": lambda x: 2 * x,
+    "rolled": lambda x: ops.roll(x, 1, axis=-1),
+    "product": lambda x: ops.matmul(x, np.eye(4, dtype="float32")),
+    "normalized": ops.normalize,
+    "square": ops.square,
+    "sum": lambda x: ops.cumsum(x, axis=-1),
+    "reshaped": lambda x: ops.reshape(x, (-1, 4)),
+}
+
+
+@pytest.mark.parametrize("name", [*PASSED, *STOPPED])
+def test_taps_move_through_activations_alone(name: str) -> None:
+    start = keras.Input((4,))
+    dense = layers.Dense(4, name="h")
+    x = {**PASSED, **STOPPED}[name](dense(start))
+    model = keras.Model(start, layers.Dense(3)(x))
+    graph = Graph(model, lambda o: isinstance(o, layers.Dense))
+    (hidden,) = graph.hidden()
+    assert hidden.operation is dense
+    assert (graph.tap(hidden) is not hidden) == (name in PASSED)
+
+
+@backends.requires_tensorflow
+@pytest.mark.parametrize(("method", "form"), FORMS)
+def test_a_checkpoint_of_tensorflow_brings_the_maps(
+    method: str, form: str, tmp_path: Path
+) -> None:
+    import tensorflow as tf
+
+    build, _ = _of_form(form)
+    one, other = (convert(build(), method, None, (), form) for _ in range(2))
+    path = tf.train.Checkpoint(one).save(str(tmp_path / "checkpoint"))
+    assert not all(map(np.array_equal, _all_maps(one), _all_maps(other)))
+    tf.train.Checkpoint(other).restore(path).assert_existing_objects_matched()
+    assert len(_all_maps(one)) > 1
+    assert all(map(np.array_equal, _all_maps(one), _all_maps(other)))
