@@ -49,7 +49,7 @@ from keras_fa._wiring import activates
 from keras_fa.layers.direct import SendError
 from keras_fa.layers.direct import StopError
 from keras_fa.layers.direct import check_feedback_maps
-from keras_fa.layers.direct import drawn_apart
+from keras_fa.layers.direct import law_of_map
 from keras_fa.layers.direct import map_between
 from keras_fa.layers.feedback import FeedbackLayer
 from keras_fa.layers.feedback import feedback_layers
@@ -413,7 +413,7 @@ def _wire(
     what = f"fixed random {feedback_maps} maps for model '{model.name}'"
     _say_bytes(f"{method.title}: {len(pairs)} {what}", pairs, feedback_maps)
     laws = {
-        source: drawn_apart(method.map_initializer, index)
+        source: law_of_map(method.map_initializer, index)
         for index, source in enumerate(sends)
     }
     # DFA's e is that of the logits, DenseFA's that of the pre-activations.

@@ -169,7 +169,7 @@ class SendError(keras.layers.Layer):
         for index, carry in enumerate(self._carriers):
             matrix = self.add_weight(
                 shape=carry.kernel_shape,
-                initializer=drawn_apart(self.feedback_initializer, index),
+                initializer=law_of_map(self.feedback_initializer, index),
                 trainable=False,
                 name=f"feedback_{self.receivers[index]}",
             )
@@ -314,7 +314,7 @@ def map_between(
     return MatrixMap(source, receiver, grid)
 
 
-def drawn_apart(
+def law_of_map(
     initializer: keras.initializers.Initializer, stream: int
 ) -> keras.initializers.Initializer:
     """The same law for one of several maps: no two of them draw the same.
