@@ -74,7 +74,7 @@ COLUMNS = {
         "cifar10",
         "cifar10_2",
         (*ROWS, "bp_ei"),
-        ("--epochs=100",),
+        ("--epochs=120", "--normalization=batch"),
         _SMALL_MAPS,
     ),
     "imagenet_1": Column(
