@@ -18,8 +18,8 @@ modules `_tensorflow` and `_jax` define:
 - `synchronize`: the weights of a model that is being trained, made readable;
 - `sum_of_squares`: of a kernel, the fastest way;
 - `without_error`: a sparse input that sends no error down;
-- `TRACKS_CONSTRAINTS`, `recall`, `remember`, `warn_unless`: how a compiled
-  training step gets at what a kernel's constraint remembers.
+- `TRACKS_CONSTRAINTS`, `recall`, `remember`, `holds`: how a compiled training
+  step gets at what a kernel's constraint remembers.
 """
 
 import contextlib
@@ -50,11 +50,11 @@ else:
 TRACKS_CONSTRAINTS = _backend.TRACKS_CONSTRAINTS
 compiled = _backend.compiled
 gradients_of = _backend.gradients_of
+holds = _backend.holds
 recall = _backend.recall
 remember = _backend.remember
 sum_of_squares = _backend.sum_of_squares
 synchronize = _backend.synchronize
-warn_unless = _backend.warn_unless
 without_error = _backend.without_error
 
 

@@ -5,7 +5,7 @@ functions are pure: what they read of Keras's state is an argument, handed
 through a `keras.StatelessScope`, or else a constant of the compiled function.
 """
 
-import warnings
+import weakref
 from collections.abc import Callable
 from collections.abc import Sequence
 
@@ -146,20 +146,29 @@ def remember(variable: keras.Variable, value: jax.Array) -> None:
     """Assigns a variable that `recall` reads, outside a compiled step."""
     changed = not bool(jnp.array_equal(variable.value, jnp.asarray(value)))
     variable.assign(value)
+    if changed:
+        _looked_at.clear()
     if changed and id(variable) in _constants:
         # Whatever was compiled with the old value is compiled anew.
         jax.clear_caches()
         _constants.clear()
 
 
-def warn_unless(condition: Callable[[], jax.Array], message: str) -> None:
-    """A warning from a compiled step where what it holds has gone stale."""
+def holds(kernel: keras.Variable, as_remembered: Callable) -> bool:
+    """Whether a kernel is still what its constraint remembers of it."""
+    try:
+        value = kernel.value
+    except TypeError:  # `fit` holds the weights, and has been here before
+        return True
+    if isinstance(value, jax.core.Tracer) or value.is_deleted():
+        return True
+    if id(value) not in _looked_at:
+        with jax.ensure_compile_time_eval():
+            if not as_remembered(value):
+                return False
+        _looked_at[id(value)] = value
+    return True
 
-    def warn():
-        warnings.warn(message, stacklevel=2)
 
-    holds = condition()
-    if isinstance(holds, jax.core.Tracer):
-        jax.lax.cond(holds, lambda: None, lambda: jax.debug.callback(warn))
-    elif not holds:
-        warn()
+# Values that were found to hold, for as long as they are.
+_looked_at: weakref.WeakValueDictionary = weakref.WeakValueDictionary()

@@ -54,10 +54,23 @@ def custom_gradient(
             dx, dkernels, dbiases = gradient(x, kernels, biases, made, dy)
             return (dx, *dkernels, *dbiases)
 
-        return op(x, kernels, biases), backward
+        y = op(_no_way_down(x), kernels, biases)
+        return y, backward
 
     # custom_gradient takes no variables.
     return function(*map(tf.convert_to_tensor, [x, *kernels, *biases]))
+
+
+def _no_way_down(x: tf.Tensor) -> tf.Tensor:
+    """`x`, which raises where a gradient function got lost on the way."""
+    if not tf.inside_function():
+        return x  # nobody records what custom_gradient runs eagerly
+    return tf.raw_ops.PreventGradient(
+        input=x,
+        message="tf.vectorized_map drops the gradient functions of feedback "
+        "alignment layers: errors would go through W. Use tf.map_fn, or take "
+        "the gradient inside of the mapped function.",
+    )
 
 
 def read(variable: object) -> tf.Tensor:
@@ -176,8 +189,13 @@ def remember(variable: keras.Variable, value: tf.Tensor) -> None:
     variable.assign(value)
 
 
-def warn_unless(condition: Callable[[], tf.Tensor], message: str) -> None:
-    """A warning from a compiled step where what it holds has gone stale.
+def holds(kernel: keras.Variable, as_remembered: Callable) -> bool:
+    """Whether a kernel is still what its constraint remembers of it.
 
-    On TensorFlow nothing can: constraints read ordinary weights.
+    On TensorFlow it is: what constraints remember moves with the weights.
+
+    Args:
+        kernel: The kernel.
+        as_remembered: Tells it of the kernel's value.
     """
+    return True

@@ -801,6 +801,26 @@ def test_lora_and_quantization_are_refused(case: str) -> None:
         QUANTIZED[case]()
 
 
+@pytest.mark.parametrize(
+    "policy", ["int8_from_float32", "int4_from_float32", "float8_from_float32"]
+)
+@pytest.mark.parametrize("built", [False, True])
+def test_quantized_policies_are_refused_unchanged(
+    policy: str, built: bool
+) -> None:
+    layer, x = FADense(3), references.normal((2, 5), 1)
+    if built:
+        before = references.array(layer(x))
+    with pytest.raises(ValueError, match="neither LoRA nor quantization"):
+        layer.dtype_policy = policy
+    assert layer.dtype_policy.name == "float32"
+    after = references.array(layer(x))
+    if built:
+        np.testing.assert_array_equal(after, before)
+    layer.dtype_policy = "mixed_bfloat16"  # others are the layer's, as ever
+    assert layer.compute_dtype == "bfloat16"
+
+
 @pytest.mark.filterwarnings("ignore:Layer InputLayer")
 @pytest.mark.parametrize("filters", [None, "one"])
 def test_model_quantize_says_what_it_leaves(filters: str | None) -> None:

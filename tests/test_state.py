@@ -177,6 +177,62 @@ def test_a_step_that_holds_other_constants_says_so(
         step(model)
 
 
+@pytest.mark.skipif(ON_TENSORFLOW, reason="JAX's own: constants of a step")
+@pytest.mark.parametrize("method", ["fa_usf_const_ei", "bp_const"])
+@pytest.mark.parametrize("trained_by", ["fit", "train_on_batch", "evaluate"])
+def test_weights_set_between_compiled_steps_are_noticed(
+    trained_by: str, method: str
+) -> None:
+    """Without a new trace, and without a word of what is as it should be."""
+    model = convert(network(), method)
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    step = getattr(model, trained_by)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(3):
+            step(X, Y)
+    model.set_weights([-2 * w for w in model.get_weights()])
+    with pytest.warns(UserWarning, match=r"keras_fa\.refresh\(model\)"):
+        step(X, Y)
+    model.set_weights([-2 * w for w in model.get_weights()])
+    keras_fa.refresh(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        step(X, Y)
+
+
+@pytest.mark.skipif(ON_TENSORFLOW, reason="about JAX itself")
+def test_compiled_steps_wait_for_no_look_at_constants() -> None:
+    """A branch or a callback of a step makes a GPU and its host meet."""
+    import jax
+
+    model = convert(network(), "fa_usf_const_ei")
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.optimizer.build(model.trainable_variables)
+
+    def step(trainable: list, of_optimizer: list) -> object:
+        def loss(trainable: list) -> object:
+            others = model.non_trainable_variables
+            others = [variable.value for variable in others]
+            y, _ = model.stateless_call(trainable, others, X, training=True)
+            return (y**2).mean()
+
+        gradients = jax.grad(loss)(trainable)
+        return model.optimizer.stateless_apply(
+            of_optimizer, gradients, trainable
+        )
+
+    program = str(
+        jax.make_jaxpr(step)(
+            [variable.value for variable in model.trainable_variables],
+            [variable.value for variable in model.optimizer.variables],
+        )
+    )
+    assert "conv" in program
+    assert "callback" not in program
+    assert "cond" not in program
+
+
 def test_zeros_keep_their_signs_through_plain_keras(tmp_path: Path) -> None:
     """Inhibitory weights at zero are -0.0, in any file of any model."""
     model = convert(network(), "fa_usf_init_ei")

@@ -151,8 +151,9 @@ def needed(graph: tf.Graph) -> Counter:
         if op not in seen:
             seen.add(op)
             todo += [tensor.op for tensor in op.inputs] + op.control_inputs
-    free = ("Identity", "IdentityN", "NoOp", "Placeholder", "ReadVariableOp")
-    return Counter(op.type for op in seen if op.type not in free)
+    # Without a computation; PreventGradient is the identity, too.
+    free = "Identity IdentityN NoOp Placeholder PreventGradient ReadVariableOp"
+    return Counter(op.type for op in seen if op.type not in free.split())
 
 
 @pytest.mark.parametrize("rule", ["fa", "user", "fixed_sign"])
@@ -282,6 +283,38 @@ def test_persistent_tape_gives_the_same_twice(compiled: bool) -> None:
 
 
 # Sparse tensors.
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_that_vectorized_map_drops_are_no_secret(
+    compiled: bool,
+) -> None:
+    """It knows no gradient functions: errors would go through W."""
+    layer = FADense(3, activation="relu")
+    layer.build((None, 4))
+    x = tf.constant(references.normal((6, 2, 4), 1))
+    wrap = tf.function if compiled else lambda function: function
+
+    @wrap
+    def outside(x: tf.Tensor) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.vectorized_map(layer, x)
+        return y, tape.gradient(y, x)
+
+    with pytest.raises(Exception, match="errors would go through W"):
+        outside(x)
+
+    def inside(x: tf.Tensor) -> tf.Tensor:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+        return tape.gradient(y, x)
+
+    mapped = wrap(lambda x: tf.vectorized_map(inside, x))(x)
+    np.testing.assert_allclose(mapped, tf.map_fn(inside, x), rtol=1e-6)
+    outputs = wrap(lambda x: tf.vectorized_map(layer, x))(x)
+    np.testing.assert_allclose(outputs, layer(x), rtol=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)

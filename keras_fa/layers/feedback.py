@@ -17,6 +17,7 @@ is a class statement.
 import copy
 import inspect
 import re
+import warnings
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -159,19 +160,16 @@ class FeedbackPath:
 
     def warn_if_stale(self) -> None:
         """Warns where a step's constants are those of another kernel."""
-
-        def holds() -> Tensor:
-            kernel = ops.convert_to_tensor(self.kernel)
-            return self.constraint.holds(ops.stop_gradient(kernel))
-
-        if isinstance(self.constraint, constraints.KernelConstraint):
-            _gradients.warn_unless(
-                holds,
+        if not isinstance(self.constraint, constraints.KernelConstraint):
+            return
+        if not _gradients.holds(self.kernel, self.constraint.holds):
+            warnings.warn(
                 f"The weights of '{self.kernel.path}' do not have the signs or "
                 "the norm that were fixed for them: they came from elsewhere, "
-                "in a way that Keras does not tell a layer of. The update "
+                "in a way that Keras does not tell a layer of. The next update "
                 "changes them to what was fixed. Call "
                 "`keras_fa.refresh(model)` after setting weights.",
+                stacklevel=4,
             )
 
 
@@ -250,6 +248,20 @@ class FeedbackLayer:
             initializers.drawn_apart(constraints.get(feedback_constraint))
         )
         self._drawn_from = {}
+
+    @property
+    def dtype_policy(self) -> keras.DTypePolicy:
+        """As the stock layer's. A quantized one raises a `ValueError`."""
+        return super().dtype_policy
+
+    @dtype_policy.setter
+    def dtype_policy(self, value: Identifier | keras.DTypePolicy) -> None:
+        policy = keras.dtype_policies.get(value)
+        if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+            policy = policy[self.path]
+        if policy.quantization_mode is not None:
+            _refuse(type(self).__name__, f"dtype_policy={policy.name}")
+        keras.layers.Layer.dtype_policy.fset(self, value)
 
     def enable_lora(self, rank: int, *args: object, **kwargs: object) -> None:
         """Not supported; raises a `ValueError`."""
@@ -358,8 +370,6 @@ class FeedbackLayer:
     def call(self, inputs: Tensor, *args: object, **kwargs: object) -> Tensor:
         """As the stock layer's `call`; errors go through the feedback."""
         paths = self.feedback_paths
-        for path in paths:
-            path.warn_if_stale()
         exact = _gradients.in_backpropagation() or all(p.tied for p in paths)
         if exact:
             return super().call(inputs, *args, **kwargs)
@@ -399,6 +409,14 @@ class FeedbackLayer:
             path.effective(kernel)
             for path, kernel in zip(self.feedback_paths, kernels)
         ]
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """As the stock layer's, and a look at what is fixed of kernels."""
+        # Whatever trains a layer has read its variables before.
+        for path in self.feedback_paths if self.built else ():
+            path.warn_if_stale()
+        return super().variables
 
     @property
     def feedback_paths(self) -> list[FeedbackPath]:
