@@ -10,12 +10,9 @@ All that the package needs of a backend's automatic differentiation is what the
 modules `_tensorflow` and `_jax` define:
 
 - `custom_gradient`: a function with a gradient of its own;
-- `read`: the value of a variable, as a tensor;
 - `held`: a layer's method, as such a function may hold it;
 - `pullback`: the gradient of a function for the error at its output;
-- `gradients_of`: the gradients of a loss with respect to variables;
 - `compiled`: a function compiled for the backend;
-- `synchronize`: the weights of a model that is being trained, made readable;
 - `sum_of_squares`: of a kernel, the fastest way;
 - `without_error`: a sparse input that sends no error down;
 - `TRACKS_CONSTRAINTS`, `recall`, `remember`, `holds`: how a compiled training
@@ -36,9 +33,9 @@ from keras_fa._types import LinearOp
 from keras_fa._types import Tensor
 
 if keras.backend.backend() == "tensorflow":
-    from keras_fa import _tensorflow as _backend
+    from keras_fa import _tensorflow as backend
 elif keras.backend.backend() == "jax":
-    from keras_fa import _jax as _backend
+    from keras_fa import _jax as backend
 else:
     raise ImportError(
         "keras_fa runs on Keras's backends tensorflow and jax. Received: "
@@ -46,16 +43,6 @@ else:
         " or jax in the environment, or `backend` in keras.json, before keras "
         "is imported."
     )
-
-TRACKS_CONSTRAINTS = _backend.TRACKS_CONSTRAINTS
-compiled = _backend.compiled
-gradients_of = _backend.gradients_of
-holds = _backend.holds
-recall = _backend.recall
-remember = _backend.remember
-sum_of_squares = _backend.sum_of_squares
-synchronize = _backend.synchronize
-without_error = _backend.without_error
 
 
 def feedback_op(
@@ -86,7 +73,7 @@ def feedback_op(
     Returns:
         The tensor `op(x, W)`.
     """
-    op, feedback = _backend.held(op), _backend.held(feedback)
+    op, feedback = backend.held(op), backend.held(feedback)
 
     def gradient(
         x: Tensor,
@@ -95,7 +82,7 @@ def feedback_op(
         back: list[Tensor],
         dy: Tensor,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        (dx,) = _backend.pullback(lambda x: op(x, back, biases), [x], dy)
+        (dx,) = backend.pullback(lambda x: op(x, back, biases), [x], dy)
         of_kernels, of_biases = [], []
         for i, kernel in enumerate(forward):
             # What x meets before this kernel is W, what it meets after it B.
@@ -103,13 +90,13 @@ def feedback_op(
                 mixed = [*forward[:i], kernel, *back[i + 1 :]]
                 return op(x, mixed, list(biases))
 
-            of_kernel, *of_biases = _backend.pullback(
+            of_kernel, *of_biases = backend.pullback(
                 local, [kernel, *biases], dy
             )
             of_kernels.append(of_kernel)
         return dx, of_kernels, of_biases
 
-    return _backend.custom_gradient(
+    return backend.custom_gradient(
         op, feedback, gradient, x, list(kernels), list(biases)
     )
 
@@ -137,7 +124,7 @@ def send_error(
     """
 
     # A plain list: one of Keras's holds its layer's variables.
-    maps, carry = [_backend.read(m) for m in maps], list(carry)
+    maps, carry = list(map(keras.ops.convert_to_tensor, maps)), list(carry)
 
     def gradient(
         source: Tensor,
@@ -153,7 +140,7 @@ def send_error(
         ]
         return e, errors, []
 
-    return _backend.custom_gradient(
+    return backend.custom_gradient(
         lambda source, receivers, _: source,
         lambda _: maps,
         gradient,
@@ -187,13 +174,40 @@ def in_backpropagation() -> bool:
     return getattr(_scope, "active", False)
 
 
-def isolated(variables: Iterable[keras.Variable]) -> keras.StatelessScope:
+def isolated(
+    variables: Iterable[keras.Variable],
+    given: Iterable[tuple[keras.Variable, Tensor]] = (),
+) -> keras.StatelessScope:
     """A scope that reads variables as they are and drops what it assigns.
 
     Args:
         variables: All Keras variables that are read or assigned inside.
+        given: Other values for some of them: pairs of variable and tensor.
     """
-    return keras.StatelessScope(
-        [(variable, variable.value) for variable in variables],
-        initialize_variables=False,
-    )
+    values = [(variable, variable.value) for variable in variables]
+    return keras.StatelessScope([*values, *given], initialize_variables=False)
+
+
+def gradients_of(
+    loss: Callable[[], Tensor],
+    variables: Sequence[keras.Variable],
+    state: Sequence[keras.Variable],
+) -> list[Tensor]:
+    """Gradients of `loss()` with respect to Keras variables.
+
+    Args:
+        loss: A function without arguments that computes a scalar.
+        variables: Keras variables.
+        state: All that `loss` reads or assigns. What it assigns is dropped.
+
+    Returns:
+        A tensor for each variable: zeros where the loss does not depend on it.
+    """
+
+    def of(*values: Tensor) -> Tensor:
+        with isolated(state, zip(variables, values)):
+            return loss()
+
+    with isolated(state):  # around the gradient too, where rules draw noise
+        values = [keras.ops.convert_to_tensor(v) for v in variables]
+        return backend.pullback(of, values)

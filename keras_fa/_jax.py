@@ -57,11 +57,6 @@ def custom_gradient(
     return function(x, kernels, biases, back)
 
 
-def read(variable: object) -> jax.Array:
-    """The value of a variable."""
-    return keras.ops.convert_to_tensor(variable)
-
-
 def held(method: Callable) -> Callable:
     """The method: JAX holds on to nothing."""
     return method
@@ -70,11 +65,11 @@ def held(method: Callable) -> Callable:
 def pullback(
     function: Callable[..., jax.Array],
     arguments: list[jax.Array],
-    dy: jax.Array,
+    dy: jax.Array | None = None,
 ) -> list[jax.Array]:
     """The gradients of a function's arguments for the error at its output."""
-    _, pull = jax.vjp(function, *arguments)
-    return list(pull(dy))
+    y, pull = jax.vjp(function, *arguments)
+    return list(pull(jnp.ones_like(y) if dy is None else dy))
 
 
 def without_error(inputs: object) -> jax.experimental.sparse.JAXSparse | None:
@@ -82,24 +77,6 @@ def without_error(inputs: object) -> jax.experimental.sparse.JAXSparse | None:
     if isinstance(inputs, jax.experimental.sparse.JAXSparse):
         return jax.tree.map(jax.lax.stop_gradient, inputs)
     return None
-
-
-def gradients_of(
-    loss: Callable[[], jax.Array],
-    variables: Sequence[keras.Variable],
-    state: Sequence[keras.Variable],
-) -> list[jax.Array]:
-    """Gradients of `loss()` with respect to Keras variables."""
-    state = [(variable, variable.value) for variable in state]
-
-    def of(values):
-        scope = keras.StatelessScope(
-            [*state, *zip(variables, values)], initialize_variables=False
-        )
-        with scope:
-            return loss()
-
-    return jax.grad(of)([variable.value for variable in variables])
 
 
 def sum_of_squares(tensor: jax.Array) -> jax.Array:
@@ -121,12 +98,6 @@ def compiled(
             return function(*args)
 
     return lambda *args: pure([variable.value for variable in reads], *args)
-
-
-def synchronize(model: keras.layers.Layer) -> None:
-    """Puts the weights of a model that `fit` is training where they belong."""
-    if isinstance(model, keras.Model):
-        model.jax_state_sync()
 
 
 # The variables whose values are constants of compiled functions.

@@ -73,11 +73,6 @@ def _no_way_down(x: tf.Tensor) -> tf.Tensor:
     )
 
 
-def read(variable: object) -> tf.Tensor:
-    """The value of a variable, read now, as a tensor."""
-    return tf.convert_to_tensor(variable)
-
-
 def held(method: Callable) -> Callable:
     """A layer's method, for a gradient function to hold.
 
@@ -93,18 +88,25 @@ def held(method: Callable) -> Callable:
 def pullback(
     function: Callable[..., tf.Tensor],
     arguments: list[tf.Tensor],
-    dy: tf.Tensor,
+    dy: tf.Tensor | None = None,
 ) -> list[tf.Tensor]:
     """The gradients of a function's arguments for the error at its output.
 
-    Inside a `tf.function` the output that nobody reads is pruned.
+    Zeros where nothing depends on an argument. Inside a `tf.function` the
+    output that nobody reads is pruned.
+
+    Args:
+        function: A function of tensors.
+        arguments: Its arguments.
+        dy: The error. Default: 1.
     """
     # Of this graph: the gradient of a loop has one of its own.
     arguments = [tf.identity(argument) for argument in arguments]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(arguments)
         y = function(*arguments)
-    return tape.gradient(y, arguments, dy)
+    zero = tf.UnconnectedGradients.ZERO
+    return tape.gradient(y, arguments, dy, unconnected_gradients=zero)
 
 
 def without_error(
@@ -114,38 +116,6 @@ def without_error(
     if isinstance(inputs, tf.SparseTensor):
         return tf.sparse.map_values(tf.stop_gradient, inputs)
     return None
-
-
-def gradients_of(
-    loss: Callable[[], tf.Tensor],
-    variables: Sequence[keras.Variable],
-    state: Sequence[keras.Variable],
-) -> list[tf.Tensor]:
-    """Gradients of `loss()` with respect to Keras variables.
-
-    Args:
-        loss: A function without arguments that computes a scalar.
-        variables: Keras variables.
-        state: What else `loss` reads or assigns. What it assigns is dropped.
-
-    Returns:
-        A tensor for each variable: zeros where the loss does not depend on it.
-    """
-    values = [tf.convert_to_tensor(variable) for variable in variables]
-    scope = keras.StatelessScope(
-        [
-            *((variable, variable.value) for variable in state),
-            *zip(variables, values),
-        ],
-        initialize_variables=False,
-    )
-    with scope:  # around the gradient too, where rules draw their noise
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(values)
-            value = loss()
-        return tape.gradient(
-            value, values, unconnected_gradients=tf.UnconnectedGradients.ZERO
-        )
 
 
 def sum_of_squares(tensor: tf.Tensor) -> tf.Tensor:
@@ -167,10 +137,6 @@ def compiled(
     """
     del reads  # a tf.function follows its variables by itself
     return tf.function(function, autograph=False, reduce_retracing=True)
-
-
-def synchronize(model: keras.layers.Layer) -> None:
-    """Puts the weights of a model that `fit` is training where they belong."""
 
 
 def recall(variable: keras.Variable, kernel: tf.Tensor) -> tf.Tensor:

@@ -132,10 +132,11 @@ def alignment_function(
         sums = [ops.sum(g) for g in (*received, *exact)]
         return rows, ops.all(ops.isfinite(ops.stack(sums)))
 
-    measure = _gradients.compiled(measure, reads=all_variables(model))
+    measure = _gradients.backend.compiled(measure, reads=all_variables(model))
 
     def measured(x, y):
-        _gradients.synchronize(model)
+        if hasattr(model, "jax_state_sync"):  # `fit` on JAX holds the weights
+            model.jax_state_sync()
         x, y = keras.tree.map_structure(ops.convert_to_tensor, (x, y))
         for exponent in (15, 11, 7, 3, 0) if half else (0,):
             scale = ops.convert_to_tensor(2.0**exponent, "float32")
@@ -179,7 +180,7 @@ def _of_path(path: FeedbackPath) -> dict[str, Tensor]:
     return {
         "angle": angle(feedback, kernel),
         "norm_ratio": norm_ratio(feedback, kernel),
-        "sign_agreement": sign_agreement(feedback, path.signed(kernel)),
+        "sign_agreement": sign_agreement(feedback, path.fixed.signed(kernel)),
     }
 
 

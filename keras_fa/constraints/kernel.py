@@ -39,6 +39,8 @@ class KernelConstraint(keras.constraints.Constraint):
     besides; why not on JAX, the module `keras_fa._jax` says.
     """
 
+    remembers = ""
+
     def build(
         self,
         kernel: keras.Variable,
@@ -56,29 +58,61 @@ class KernelConstraint(keras.constraints.Constraint):
             add_weight: Makes the variables. By default they belong to no
                 layer.
         """
+        self._units = units_along(kernel.shape, -2) if units is None else units
+        shape, dtype = self._kind(kernel)
+        variable = add_weight(
+            shape=shape,
+            initializer=lambda shape, dtype: self._of(kernel),
+            dtype=dtype,
+            trainable=False,
+            autocast=False,
+            name=f"{kernel.name}_{self.remembers}",
+        )
+        setattr(self, self.remembers, variable)
+
+    def _kind(self, kernel: keras.Variable) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of what is remembered."""
         raise NotImplementedError
 
-    def refresh(self, kernel: keras.Variable) -> None:
-        """Remembers a kernel anew, after other weights were loaded."""
+    def _of(self, kernel: Tensor) -> Tensor:
+        """What is remembered of a kernel."""
         raise NotImplementedError
+
+    def _recalled(self, kernel: Tensor) -> Tensor:
+        """What was remembered, for the kernel of this moment."""
+        variable = getattr(self, self.remembers)
+        if variable is None:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} does not know its kernel yet. Give it to an FA layer, "
+                f"which builds it, or call `{name}.build(layer.kernel)` once a "
+                "stock layer is built."
+            )
+        return _gradients.backend.recall(variable, kernel)
 
     @property
     def state(self) -> dict[str, keras.Variable]:
         """What this constraint remembers, by name. To be read."""
-        raise NotImplementedError
+        return {self.remembers: getattr(self, self.remembers)}
 
-    def holds(self, kernel: Tensor) -> Tensor:
-        """Whether a kernel is as it is remembered: a scalar boolean."""
-        change = ops.max(ops.abs(self(kernel) - kernel))
-        return change <= 0.01 * ops.max(ops.abs(kernel))
-
-    def _not_built(self) -> ValueError:
-        name = type(self).__name__
-        return ValueError(
-            f"{name} does not know its kernel yet. Give it to an FA layer, "
-            f"which builds it, or call `{name}.build(layer.kernel)` once a "
-            "stock layer is built."
+    def refresh(self, kernel: keras.Variable) -> None:
+        """Remembers a kernel anew, after other weights were loaded."""
+        _gradients.backend.remember(
+            getattr(self, self.remembers), self._of(kernel)
         )
+
+    def holds(self, kernel: Tensor) -> bool:
+        """Whether a kernel is as it is remembered."""
+        change = ops.max(ops.abs(self(kernel) - kernel))
+        return bool(change <= 0.01 * ops.max(ops.abs(kernel)))
+
+    def initial_kernel(self, kernel: Tensor, units: np.ndarray) -> Tensor:
+        """W_0 under this constraint, made of the values that were drawn."""
+        return kernel
+
+    def signed(self, kernel: Tensor) -> Tensor:
+        """W as feedback rules see it: under fixed signs, zeros have theirs."""
+        return kernel
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")
@@ -126,6 +160,9 @@ class FixedSign(KernelConstraint):
     ```
     """
 
+    remembers = "excitatory"
+    excitatory = None
+
     def __init__(
         self,
         per: str = "synapse",
@@ -144,7 +181,6 @@ class FixedSign(KernelConstraint):
         self.per = per
         self.excitatory_fraction = excitatory_fraction
         self.seed = seed
-        self.excitatory = None
 
     def initial_kernel(self, kernel: Tensor, units: np.ndarray) -> Tensor:
         """W_0 under this constraint, made of the values that were drawn."""
@@ -163,24 +199,11 @@ class FixedSign(KernelConstraint):
         norms = kernel_norm(kernel), kernel_norm(signed)
         return signed * ops.divide_no_nan(*norms)
 
-    def build(
-        self,
-        kernel: keras.Variable,
-        units: np.ndarray | None = None,
-        add_weight: AddWeight = keras.Variable,
-    ) -> None:
-        if units is None:
-            units = units_along(kernel.shape, -2)
-        self._units = units
-        self.excitatory = add_weight(
-            shape=kernel.shape if self.per == "synapse" else units.shape,
-            initializer=lambda shape, dtype: self._positive(kernel),
-            dtype="bool",
-            trainable=False,
-            name=f"{kernel.name}_excitatory",
-        )
+    def _kind(self, kernel: keras.Variable) -> tuple[tuple[int, ...], str]:
+        per_synapse = self.per == "synapse"
+        return kernel.shape if per_synapse else self._units.shape, "bool"
 
-    def _positive(self, kernel: keras.Variable) -> Tensor:
+    def _of(self, kernel: Tensor) -> Tensor:
         kernel = ops.convert_to_tensor(kernel)
         positive = ops.logical_not(ops.signbit(kernel))
         if self.per == "synapse":
@@ -196,12 +219,11 @@ class FixedSign(KernelConstraint):
 
     def signed(self, kernel: Tensor) -> Tensor:
         """A kernel whose zeros have their fixed sign: ±0 is ±1.2e-38."""
-        excitatory = _gradients.recall(self.excitatory, kernel)
-        signed = _away_from_zero(kernel, excitatory)
+        signed = _away_from_zero(kernel, self._recalled(kernel))
         return ops.where(ops.equal(kernel, 0.0), signed, kernel)
 
     def refresh(self, kernel: keras.Variable) -> None:
-        _gradients.remember(self.excitatory, self._positive(kernel))
+        super().refresh(kernel)
         kernel = ops.convert_to_tensor(kernel)
         lost = float(ops.mean(ops.cast(self(kernel) != kernel, "float32")))
         if lost:
@@ -212,15 +234,9 @@ class FixedSign(KernelConstraint):
                 stacklevel=2,
             )
 
-    @property
-    def state(self) -> dict[str, keras.Variable]:
-        return {"excitatory": self.excitatory}
-
     def __call__(self, kernel: Tensor) -> Tensor:
-        if self.excitatory is None:
-            raise self._not_built()
         kernel = ops.convert_to_tensor(kernel)
-        excitatory = _gradients.recall(self.excitatory, kernel)
+        excitatory = self._recalled(kernel)
         keeps_sign = ops.where(excitatory, kernel, -kernel) > 0
         zeros = ops.zeros_like(kernel)
         stopped = ops.where(excitatory, zeros, -zeros)
@@ -255,36 +271,18 @@ class ConstantNorm(KernelConstraint):
     ```
     """
 
-    def __init__(self) -> None:
-        self.norm = None
+    remembers = "norm"
+    norm = None
 
-    def build(
-        self,
-        kernel: keras.Variable,
-        units: np.ndarray | None = None,
-        add_weight: AddWeight = keras.Variable,
-    ) -> None:
-        self.norm = add_weight(
-            shape=(),
-            initializer=lambda shape, dtype: kernel_norm(kernel),
-            dtype=kernel.dtype,
-            trainable=False,
-            autocast=False,
-            name=f"{kernel.name}_norm",
-        )
+    def _kind(self, kernel: keras.Variable) -> tuple[tuple[int, ...], str]:
+        return (), kernel.dtype
 
-    def refresh(self, kernel: keras.Variable) -> None:
-        _gradients.remember(self.norm, kernel_norm(kernel))
-
-    @property
-    def state(self) -> dict[str, keras.Variable]:
-        return {"norm": self.norm}
+    def _of(self, kernel: Tensor) -> Tensor:
+        return kernel_norm(kernel)
 
     def __call__(self, kernel: Tensor) -> Tensor:
-        if self.norm is None:
-            raise self._not_built()
         kernel = ops.convert_to_tensor(kernel)
-        norm = ops.cast(_gradients.recall(self.norm, kernel), kernel.dtype)
+        norm = ops.cast(self._recalled(kernel), kernel.dtype)
         return kernel * ops.divide_no_nan(norm, kernel_norm(kernel))
 
 
@@ -320,7 +318,8 @@ class Chain(KernelConstraint):
         ]
         order = {FixedSign: 0, ConstantNorm: 2}
         self.constraints = sorted(parts, key=lambda c: order.get(type(c), 1))
-        kinds = [type(c) for c in self._ours()]
+        self._ours = [p for p in parts if isinstance(p, KernelConstraint)]
+        kinds = [type(part) for part in self._ours]
         if len(set(kinds)) < len(kinds):
             raise ValueError(
                 "A kernel takes one constraint of a kind. Received: "
@@ -330,39 +329,35 @@ class Chain(KernelConstraint):
     def __copy__(self) -> "Chain":
         return Chain([copy.copy(c) for c in self.constraints])
 
-    def _ours(self) -> list[KernelConstraint]:
-        return [c for c in self.constraints if isinstance(c, KernelConstraint)]
-
-    def initial_kernel(self, kernel: Tensor, units: np.ndarray) -> Tensor:
-        """W_0 under these constraints, made of the values that were drawn."""
-        for constraint in self.constraints:
-            if isinstance(constraint, FixedSign):
-                kernel = constraint.initial_kernel(kernel, units)
-        return kernel
-
     def build(
         self,
         kernel: keras.Variable,
         units: np.ndarray | None = None,
         add_weight: AddWeight = keras.Variable,
     ) -> None:
-        for constraint in self._ours():
-            constraint.build(kernel, units, add_weight)
-
-    def refresh(self, kernel: keras.Variable) -> None:
-        for constraint in self._ours():
-            constraint.refresh(kernel)
+        for part in self._ours:
+            part.build(kernel, units, add_weight)
 
     @property
     def state(self) -> dict[str, keras.Variable]:
-        return {
-            name: variable
-            for constraint in self._ours()
-            for name, variable in constraint.state.items()
-        }
+        return {k: v for part in self._ours for k, v in part.state.items()}
 
-    def holds(self, kernel: Tensor) -> Tensor:
-        return ops.all(ops.stack([c.holds(kernel) for c in self._ours()]))
+    def refresh(self, kernel: keras.Variable) -> None:
+        for part in self._ours:
+            part.refresh(kernel)
+
+    def holds(self, kernel: Tensor) -> bool:
+        return all(part.holds(kernel) for part in self._ours)
+
+    def initial_kernel(self, kernel: Tensor, units: np.ndarray) -> Tensor:
+        for part in self._ours:
+            kernel = part.initial_kernel(kernel, units)
+        return kernel
+
+    def signed(self, kernel: Tensor) -> Tensor:
+        for part in self._ours:
+            kernel = part.signed(kernel)
+        return kernel
 
     def __call__(self, kernel: Tensor) -> Tensor:
         for constraint in self.constraints:
@@ -410,4 +405,6 @@ def kernel_norm(kernel: Tensor) -> Tensor:
     kernel = ops.convert_to_tensor(kernel)
     # In half precision the sum of squares would overflow.
     full = ops.cast(kernel, keras.backend.result_type(kernel.dtype, "float32"))
-    return ops.cast(ops.sqrt(_gradients.sum_of_squares(full)), kernel.dtype)
+    return ops.cast(
+        ops.sqrt(_gradients.backend.sum_of_squares(full)), kernel.dtype
+    )

@@ -64,6 +64,7 @@ class FeedbackPath:
         kernel: The forward kernel.
         feedback_kernel: The stored weight; `None` where nothing is stored.
         rule: The rule.
+        fixed: What the kernel's constraint remembers of it.
         attributes: What the layer is to have as attributes, by name: the
             stored feedback kernel, what the rule keeps, and what the kernel's
             constraint remembers where that is a weight.
@@ -80,7 +81,11 @@ class FeedbackPath:
         self.kernel = kernel
         self.rule = rule
         self.feedback_kernel = None
-        self.constraint = kernel.constraint
+        self.fixed = constraints.Chain(
+            part
+            for part in constraints.parts_of(kernel.constraint)
+            if isinstance(part, constraints.KernelConstraint)
+        )
         self.attributes = {}
         if draw is not None:
             distribution = keras.distribution.distribution()
@@ -100,23 +105,17 @@ class FeedbackPath:
             self.attributes["feedback_kernel"] = self.feedback_kernel
         if rule is not None:
             self.attributes |= _kept_by(rule, kernel, add_weight)
-        if isinstance(self.constraint, constraints.KernelConstraint):
-            if _gradients.TRACKS_CONSTRAINTS:
-                self.constraint.build(kernel, units, add_weight)
-                self.attributes |= self.constraint.state
-            else:
-                self.constraint.build(kernel, units)
+        if _gradients.backend.TRACKS_CONSTRAINTS:
+            self.fixed.build(kernel, units, add_weight)
+            self.attributes |= self.fixed.state
+        else:
+            self.fixed.build(kernel, units)
 
     @property
     def variables(self) -> dict[str, keras.Variable]:
         """All that this path keeps, by name, in one order."""
-        variables = {
-            name: getattr(value, "state", value)
-            for name, value in self.attributes.items()
-        }
-        if isinstance(self.constraint, constraints.KernelConstraint):
-            variables |= self.constraint.state
-        return variables
+        kept = self.attributes | self.fixed.state
+        return {k: getattr(v, "state", v) for k, v in kept.items()}
 
     @property
     def tied(self) -> bool:
@@ -138,7 +137,8 @@ class FeedbackPath:
             full = keras.backend.result_type(self.kernel.dtype, "float32")
             if feedback is not None:
                 feedback = ops.cast(feedback, full)
-            feedback = self.rule(feedback, self.signed(ops.cast(kernel, full)))
+            forward = self.fixed.signed(ops.cast(kernel, full))
+            feedback = self.rule(feedback, forward)
         if tuple(feedback.shape) != tuple(kernel.shape):
             raise ValueError(
                 f"{type(self.rule).__name__} must return a kernel of the shape "
@@ -146,23 +146,9 @@ class FeedbackPath:
             )
         return ops.cast(feedback, kernel.dtype)
 
-    def signed(self, kernel: Tensor) -> Tensor:
-        """W as rules see it: under fixed signs, zeros have theirs."""
-        for part in constraints.parts_of(self.constraint):
-            if isinstance(part, constraints.FixedSign):
-                return part.signed(kernel)
-        return kernel
-
-    def refresh(self) -> None:
-        """Takes fixed signs and norms anew from the kernel."""
-        if isinstance(self.constraint, constraints.KernelConstraint):
-            self.constraint.refresh(self.kernel)
-
     def warn_if_stale(self) -> None:
         """Warns where a step's constants are those of another kernel."""
-        if not isinstance(self.constraint, constraints.KernelConstraint):
-            return
-        if not _gradients.holds(self.kernel, self.constraint.holds):
+        if not _gradients.backend.holds(self.kernel, self.fixed.holds):
             warnings.warn(
                 f"The weights of '{self.kernel.path}' do not have the signs or "
                 "the norm that were fixed for them: they came from elsewhere, "
@@ -288,7 +274,7 @@ class FeedbackLayer:
                 "glorot_uniform" if given is None else given
             )
             self._drawn_from[name] = initializer
-            if hasattr(constraint, "initial_kernel"):
+            if isinstance(constraint, constraints.KernelConstraint):
 
                 def draw(shape: tuple, dtype: str | None = None) -> Tensor:
                     units = self.presynaptic_units(name, shape)
@@ -373,7 +359,7 @@ class FeedbackLayer:
         exact = _gradients.in_backpropagation() or all(p.tied for p in paths)
         if exact:
             return super().call(inputs, *args, **kwargs)
-        sparse = _gradients.without_error(inputs)
+        sparse = _gradients.backend.without_error(inputs)
         if sparse is not None:  # there is nothing below to send an error to
             return super().call(sparse, *args, **kwargs)
         # What the stock call does not take is refused as it refuses it.
@@ -460,7 +446,7 @@ class FeedbackLayer:
         does it by itself.
         """
         for path in self.feedback_paths:
-            path.refresh()
+            path.fixed.refresh(path.kernel)
 
     def save_own_variables(self, store: Store) -> None:
         """Saves what the stock layer does, and what the feedback adds."""
@@ -499,7 +485,7 @@ class FeedbackLayer:
             variable.assign(store[name])
         self.refresh()  # a stock file lacks what follows from the kernel
         for name in feedback:
-            _gradients.remember(ours[name], store[name])
+            _gradients.backend.remember(ours[name], store[name])
 
     def _stock_state(self) -> dict[str, keras.Variable]:
         """What the stock layer saves, under the names that it saves it by."""
