@@ -174,9 +174,7 @@ def _of_rank(y: Tensor, output: Tensor) -> Tensor:
 
 
 def _of_path(path: FeedbackPath) -> dict[str, Tensor]:
-    kernel = ops.convert_to_tensor(path.kernel)
-    with _gradients.isolated(path.variables.values()):
-        feedback = path.effective(kernel)
+    kernel, feedback = ops.convert_to_tensor(path.kernel), path.current()
     return {
         "angle": angle(feedback, kernel),
         "norm_ratio": norm_ratio(feedback, kernel),

@@ -7,7 +7,6 @@ from os import PathLike
 
 import keras
 
-from keras_fa import _gradients
 from keras_fa._types import Tensor
 from keras_fa.alignment import alignment_function
 from keras_fa.alignment import named_paths
@@ -238,12 +237,9 @@ class AlignmentMonitor(keras.callbacks.Callback):
                 if not math.isnan(value):
                     tf.summary.scalar(name, value)
             for name, path in named_paths(self.model).items():
-                kernel = keras.ops.convert_to_tensor(path.kernel)
-                tf.summary.histogram(f"kernel/{name}", kernel)
+                tf.summary.histogram(f"kernel/{name}", path.kernel.value)
                 if not path.tied:
-                    with _gradients.isolated(path.variables.values()):
-                        feedback = path.effective(kernel)
-                    tf.summary.histogram(f"feedback/{name}", feedback)
+                    tf.summary.histogram(f"feedback/{name}", path.current())
         self._writer.flush()
 
     def on_train_end(self, logs: dict | None = None) -> None:

@@ -198,7 +198,7 @@ class Stored(FeedbackConstraint):
 
     Args:
         constraint: A `keras.constraints.Constraint`, its name, or any callable
-            of one tensor.
+            of one tensor. `None`: `B_t = B_0`, which is FA.
 
     Example:
 
@@ -209,10 +209,12 @@ class Stored(FeedbackConstraint):
     ```
     """
 
-    def __init__(self, constraint: str | dict | Callable) -> None:
+    def __init__(self, constraint: str | dict | Callable | None) -> None:
         self.constraint = keras.constraints.get(constraint)
 
     def __call__(self, feedback_kernel: Tensor, kernel: Tensor) -> Tensor:
+        if self.constraint is None:
+            return feedback_kernel
         return self.constraint(feedback_kernel)
 
     def get_config(self) -> dict:

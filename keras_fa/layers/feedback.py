@@ -54,7 +54,7 @@ class FeedbackPath:
 
     Args:
         kernel: The forward kernel, a variable of the FA layer.
-        rule: The `FeedbackConstraint` of this path, or `None` for FA.
+        rule: The `FeedbackConstraint` of this path.
         units: As for `KernelConstraint.build`.
         add_weight: The layer's.
         draw: What the stored feedback kernel starts from; `None` where none
@@ -73,7 +73,7 @@ class FeedbackPath:
     def __init__(
         self,
         kernel: keras.Variable,
-        rule: constraints.FeedbackConstraint | None,
+        rule: constraints.FeedbackConstraint,
         units: np.ndarray,
         add_weight: AddWeight,
         draw: Draw | None,
@@ -103,8 +103,7 @@ class FeedbackPath:
                 and distribution.get_variable_layout(kernel),
             )
             self.attributes["feedback_kernel"] = self.feedback_kernel
-        if rule is not None:
-            self.attributes |= _kept_by(rule, kernel, add_weight)
+        self.attributes |= _kept_by(rule, kernel, add_weight)
         if _gradients.backend.TRACKS_CONSTRAINTS:
             self.fixed.build(kernel, units, add_weight)
             self.attributes |= self.fixed.state
@@ -131,20 +130,23 @@ class FeedbackPath:
         Returns:
             A tensor with the shape and dtype of `kernel`.
         """
-        feedback = self.feedback_kernel
-        if self.rule is not None:
-            # Half precision is too little for norms.
-            full = keras.backend.result_type(self.kernel.dtype, "float32")
-            if feedback is not None:
-                feedback = ops.cast(feedback, full)
-            forward = self.fixed.signed(ops.cast(kernel, full))
-            feedback = self.rule(feedback, forward)
+        # Half precision is too little for norms.
+        full = keras.backend.result_type(self.kernel.dtype, "float32")
+        stored = self.feedback_kernel
+        stored = None if stored is None else ops.cast(stored, full)
+        seen = self.fixed.signed(ops.cast(kernel, full))
+        feedback = self.rule(stored, seen)
         if tuple(feedback.shape) != tuple(kernel.shape):
             raise ValueError(
                 f"{type(self.rule).__name__} must return a kernel of the shape "
                 f"{tuple(kernel.shape)}. Received: {tuple(feedback.shape)}"
             )
         return ops.cast(feedback, kernel.dtype)
+
+    def current(self) -> Tensor:
+        """B now. Reading it advances no random state."""
+        with _gradients.isolated(self.variables.values()):
+            return self.effective(ops.convert_to_tensor(self.kernel))
 
     def warn_if_stale(self) -> None:
         """Warns where a step's constants are those of another kernel."""
@@ -215,17 +217,14 @@ class FeedbackLayer:
         **kwargs: object,
     ) -> None:
         given = inspect.signature(super().__init__).bind(*args, **kwargs)
-        named = given.arguments.get("kwargs", {})
-        for name in _REFUSED_ARGUMENTS:
-            value = given.arguments.get(name, named.get(name))
-            if value is not None:
-                _refuse(type(self).__name__, f"{name}={value}")
         for name in self.kernel_constraint_arguments:
             if name in given.arguments:
                 given.arguments[name] = _own_constraint(given.arguments[name])
         super().__init__(*given.args, **given.kwargs)
-        if getattr(self, "quantization_mode", None) is not None:
-            _refuse(type(self).__name__, f"dtype={self.dtype_policy.name}")
+        for name in (*_REFUSED_ARGUMENTS, "quantization_mode"):
+            value = getattr(self, name, None)
+            if value is not None:
+                _refuse(type(self).__name__, f"{name}={value}")
         self.feedback_initializer = initializers.drawn_apart(
             initializers.get(feedback_initializer)
         )
@@ -297,12 +296,13 @@ class FeedbackLayer:
 
     def _path_of(self, name: str) -> FeedbackPath:
         kernel = getattr(self, name)
-        rule = copy.copy(self.feedback_constraint)
+        given = self.feedback_constraint
+        rule = constraints.Stored(None) if given is None else copy.copy(given)
         pairwise = isinstance(
             self.feedback_regularizer, regularizers.FeedbackRegularizer
         )
         draw = None
-        if rule is None or rule.stores_feedback_kernel or pairwise:
+        if rule.stores_feedback_kernel or pairwise:
             draw = self._draw_feedback(kernel, self._drawn_from[name], rule)
 
         def add_weight(**kwargs: object) -> keras.Variable:
@@ -325,7 +325,7 @@ class FeedbackLayer:
         self,
         kernel: keras.Variable,
         kernel_initializer: Callable,
-        rule: constraints.FeedbackConstraint | None,
+        rule: constraints.FeedbackConstraint,
     ) -> Draw:
         given = self.feedback_initializer
         if not isinstance(given, initializers.KernelMagnitude):
@@ -335,8 +335,7 @@ class FeedbackLayer:
 
         def draw(shape: tuple, dtype: str | None = None) -> Tensor:
             ones = ops.ones(shape, dtype)
-            carried = ones if rule is None else rule(ones, kernel)
-            norms = map(constraints.kernel_norm, (kernel, carried))
+            norms = map(constraints.kernel_norm, (kernel, rule(ones, kernel)))
             return ops.divide_no_nan(*norms) * ones
 
         return draw
@@ -432,11 +431,7 @@ class FeedbackLayer:
             them for layers with two kernels. Reading it advances no random
             state: under `NoisyKernel` it is what the next step will use.
         """
-        with _gradients.isolated(self.variables):
-            return _one_or_all(
-                path.effective(ops.convert_to_tensor(path.kernel))
-                for path in self.feedback_paths
-            )
+        return _one_or_all(path.current() for path in self.feedback_paths)
 
     def refresh(self) -> None:
         """Takes what this layer remembers of its kernels anew from them.
@@ -575,10 +570,8 @@ def _kept_by(
         for name, value in vars(rule).items()
         if isinstance(value, keras.Variable | keras.random.SeedGenerator)
     }
-    taken = _TAKEN & kept.keys()
-    if taken or len(made) > sum(
-        any(v is m for m in made) for v in kept.values()
-    ):
+    lost = {id(weight) for weight in made} - {id(v) for v in kept.values()}
+    if lost or _TAKEN & kept.keys():
         raise ValueError(
             f"{type(rule).__name__}.build has to assign each weight that it "
             "adds to an attribute of its own, by a name that is not one of "
@@ -623,26 +616,18 @@ def _with_feedback(
 def _signature(cls: type) -> inspect.Signature:
     """The stock layer's arguments with the feedback family added."""
     stock = next(
-        base
-        for base in cls.__mro__
-        if issubclass(base, keras.layers.Layer)
-        and not issubclass(base, FeedbackLayer)
+        base for base in cls.__mro__ if not issubclass(base, FeedbackLayer)
     )
-    parameters = [
-        parameter
-        for name, parameter in inspect.signature(stock).parameters.items()
-        if name not in _REFUSED_ARGUMENTS
-    ]
-    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = dict(inspect.signature(stock).parameters)
+    for name in _REFUSED_ARGUMENTS:
+        parameters.pop(name, None)
     feedback = [
-        inspect.Parameter(name, keyword, default=None)
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
         for name in _FEEDBACK_ARGUMENTS
     ]
-    if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
-        parameters[-1:] = [*feedback, parameters[-1]]
-    else:
-        parameters.extend(feedback)
-    return inspect.Signature(parameters)
+    return inspect.Signature(
+        sorted([*parameters.values(), *feedback], key=lambda p: p.kind)
+    )
 
 
 def feedback_layers(layer: keras.layers.Layer) -> list[FeedbackLayer]:
