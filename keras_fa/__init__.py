@@ -16,34 +16,12 @@ from keras_fa.conversion import convert
 from keras_fa.conversion import load_stock_weights
 from keras_fa.conversion import refresh
 from keras_fa.conversion import to_backprop
-from keras_fa.layers import FAConv1D
-from keras_fa.layers import FAConv1DTranspose
-from keras_fa.layers import FAConv2D
-from keras_fa.layers import FAConv2DTranspose
-from keras_fa.layers import FAConv3D
-from keras_fa.layers import FAConv3DTranspose
-from keras_fa.layers import FADense
-from keras_fa.layers import FADepthwiseConv1D
-from keras_fa.layers import FADepthwiseConv2D
-from keras_fa.layers import FAEinsumDense
-from keras_fa.layers import FASeparableConv1D
-from keras_fa.layers import FASeparableConv2D
+from keras_fa.layers import *  # noqa: F403
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "FAConv1D",
-    "FAConv1DTranspose",
-    "FAConv2D",
-    "FAConv2DTranspose",
-    "FAConv3D",
-    "FAConv3DTranspose",
-    "FADense",
-    "FADepthwiseConv1D",
-    "FADepthwiseConv2D",
-    "FAEinsumDense",
-    "FASeparableConv1D",
-    "FASeparableConv2D",
+    *layers.__all__,
     "alignment",
     "callbacks",
     "constraints",

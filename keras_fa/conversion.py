@@ -32,42 +32,26 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fa import _cloning
+from keras_fa import _wiring
 from keras_fa import constraints
+from keras_fa import initializers
 from keras_fa import layers as fa_layers
 from keras_fa import methods
-from keras_fa._cloning import Clones
-from keras_fa._cloning import again
-from keras_fa._cloning import config_of
-from keras_fa._cloning import copy_weights
-from keras_fa._cloning import is_graph
-from keras_fa._cloning import leaves
-from keras_fa._cloning import reason
-from keras_fa._cloning import rebuild
-from keras_fa._wiring import TO_PROBABILITIES
-from keras_fa._wiring import Graph
-from keras_fa._wiring import activates
-from keras_fa.layers.direct import SendError
-from keras_fa.layers.direct import StopError
-from keras_fa.layers.direct import check_feedback_maps
-from keras_fa.layers.direct import law_of_map
-from keras_fa.layers.direct import map_between
+from keras_fa.layers import direct
 from keras_fa.layers.feedback import FeedbackLayer
 from keras_fa.layers.feedback import feedback_layers
 
-_STOCK = {
-    cls: next(
-        base for base in cls.__mro__ if base.__module__.startswith("keras.")
-    )
-    for cls in map(vars(fa_layers).get, fa_layers.__all__)
+_COUNTERPART = {
+    cls.stock: cls for cls in map(vars(fa_layers).get, fa_layers.__all__)
 }
-_COUNTERPART = {stock: cls for cls, stock in _STOCK.items()}
 # What names a kind of layers, by the stock class that it stands for.
 _CLASSES = {
     key: stock
-    for cls, stock in _STOCK.items()
+    for stock, cls in _COUNTERPART.items()
     for key in (cls, stock, cls.__name__, stock.__name__)
 }
-_OURS = (FeedbackLayer, SendError, StopError)
+_OURS = (FeedbackLayer, direct.SendError, direct.StopError)
 _MAP_LAW = "glorot_uniform"
 
 Layers = Mapping[str | type, str | methods.Method] | None
@@ -159,7 +143,7 @@ def convert(
     ```
     """
     method = _own(methods.get(method))
-    check_feedback_maps(feedback_maps)
+    direct.check_feedback_maps(feedback_maps)
     if method.wiring == "chain" and feedback_maps != "dense":
         raise ValueError(
             "`feedback_maps` are those of DFA and DenseFA. Received: "
@@ -168,7 +152,7 @@ def convert(
         )
     _check_model(model)
     stock, stocks = model, {}
-    if any(isinstance(layer, _OURS) for layer in leaves(model)):
+    if any(isinstance(layer, _OURS) for layer in _cloning.leaves(model)):
         stock, stocks = _to_stock(model)
     others = _other_methods(stock, layers, method)
     _check_layers(stock, {skip} if isinstance(skip, str) else set(skip))
@@ -178,12 +162,11 @@ def convert(
             default = others.get(type(layer), method)
             return _counterpart(layer, others.get(layer.name, default))
 
-        converted, clones = rebuild(stock, make)
+        converted, clones = _cloning.rebuild(stock, make)
     else:
         converted, clones = _wire(stock, method, feedback_maps)
     _name_peers(clones)
-    _carry_feedback(stocks, clones)
-    _carry_maps(model, converted)
+    _carry_feedback(stocks, clones, converted)
     refresh(converted)
     _compile_as(model, converted)
     return converted
@@ -287,13 +270,13 @@ def load_stock_weights(model: keras.Model, filepath: str | os.PathLike) -> None:
     twin, stocks = _to_stock(model, subclasses=True)
     twin.load_weights(filepath)
     for layer, stock in stocks.items():
-        copy_weights(stock, layer)
+        _cloning.copy_weights(stock, layer)
     refresh(model)
 
 
 def _to_stock(
     model: keras.Model, subclasses: bool = False
-) -> tuple[keras.Model, Clones]:
+) -> tuple[keras.Model, _cloning.Clones]:
     """The plain model, not compiled, and its layers by the given ones.
 
     Args:
@@ -303,11 +286,11 @@ def _to_stock(
     """
 
     def make(layer: keras.Operation) -> keras.Operation:
-        if isinstance(layer, (StopError, SendError)):
+        if isinstance(layer, (direct.StopError, direct.SendError)):
             return layer  # which is not called
-        known = type(layer).__mro__ if subclasses else [type(layer)]
-        stock = next((_STOCK[cls] for cls in known if cls in _STOCK), None)
-        if isinstance(layer, FeedbackLayer) and stock is None:
+        stock = layer.stock if isinstance(layer, FeedbackLayer) else None
+        known = subclasses or type(layer) in _COUNTERPART.values()
+        if stock is not None and not known:
             raise ValueError(
                 f"Layer '{layer.name}' is of the class {type(layer).__name__}, "
                 "which is not one of keras_fa's own: its stock counterpart is "
@@ -315,19 +298,19 @@ def _to_stock(
             )
         config = {
             name: _without_ours(value) if _is_ours(value) else value
-            for name, value in config_of(layer).items()
+            for name, value in _cloning.config_of(layer).items()
             if stock is None or name in _arguments(stock)
         }
-        return again(layer, stock, config)
+        return _cloning.again(layer, stock, config)
 
     def call(layer: keras.Operation, *args: object, **kwargs: object) -> object:
-        if isinstance(layer, StopError):
+        if isinstance(layer, direct.StopError):
             return args[0]
-        if isinstance(layer, SendError):
+        if isinstance(layer, direct.SendError):
             return args[0][0]
         return layer(*args, **kwargs)
 
-    plain, stocks = rebuild(model, make, call)
+    plain, stocks = _cloning.rebuild(model, make, call)
     if left := feedback_layers(plain):
         raise ValueError(
             f"FA layer '{left[0].name}' ({type(left[0]).__name__}) is inside a "
@@ -348,8 +331,8 @@ def _counterpart(
     """The FA layer that a stock layer becomes; others as they are."""
     cls = _COUNTERPART.get(type(layer))
     if cls is None:
-        return again(layer)
-    config = config_of(layer)
+        return _cloning.again(layer)
+    config = _cloning.config_of(layer)
     for name in cls.kernel_constraint_arguments:
         config[name] = _composed(
             constraints.get_kernel_constraint(config[name]),
@@ -391,7 +374,7 @@ def _is_ours(constraint: object) -> bool:
 
 def _wire(
     model: keras.Model, method: methods.Method, feedback_maps: str
-) -> tuple[keras.Model, Clones]:
+) -> tuple[keras.Model, _cloning.Clones]:
     """The model under DFA or DenseFA."""
     _check_wirable(model, method, feedback_maps)
     if isinstance(model, keras.Sequential):
@@ -401,10 +384,12 @@ def _wire(
             name=model.name,
             trainable=model.trainable,
         )
-    graph = Graph(model, lambda operation: type(operation) in _COUNTERPART)
-    direct = method.wiring == "direct"
-    sends = graph.direct() if direct else graph.dense()
-    stops = {graph.tap(node) for node in graph.hidden()} if direct else set()
+    graph = _wiring.Graph(
+        model, lambda operation: type(operation) in _COUNTERPART
+    )
+    dfa = method.wiring == "direct"
+    sends = graph.direct() if dfa else graph.dense()
+    stops = {graph.tap(node) for node in graph.hidden()} if dfa else set()
     pairs = [
         (source.shape, graph.tap(receiver).shape)
         for source, receivers in sends.items()
@@ -413,7 +398,7 @@ def _wire(
     what = f"fixed random {feedback_maps} maps for model '{model.name}'"
     _say_bytes(f"{method.title}: {len(pairs)} {what}", pairs, feedback_maps)
     laws = {
-        source: law_of_map(method.map_initializer, index)
+        source: initializers.reseeded(method.map_initializer, index)
         for index, source in enumerate(sends)
     }
     # DFA's e is that of the logits, DenseFA's that of the pre-activations.
@@ -421,8 +406,11 @@ def _wire(
         source.operation
         for source in sends
         if type(source.operation) in _COUNTERPART
-        and not activates(source.operation, ("linear",))
-        and (not direct or activates(source.operation, TO_PROBABILITIES))
+        and not _wiring.activates(source.operation, ("linear",))
+        and (
+            not dfa
+            or _wiring.activates(source.operation, _wiring.TO_PROBABILITIES)
+        )
     }
     taken = {operation.name for operation in model.operations}
 
@@ -453,7 +441,7 @@ def _wire(
         node = next(nodes)
         outputs = layer(*args, **kwargs)
         if node in sends:
-            send = SendError(
+            send = direct.SendError(
                 [receiver.label for receiver in sends[node]],
                 laws[node],
                 feedback_maps,
@@ -465,10 +453,12 @@ def _wire(
             outputs = activations[layer](outputs)
         taps[node] = outputs
         if node in stops:
-            outputs = StopError(name=free(f"{node.label}_stop_error"))(outputs)
+            outputs = direct.StopError(name=free(f"{node.label}_stop_error"))(
+                outputs
+            )
         return outputs
 
-    return rebuild(model, make, call)
+    return _cloning.rebuild(model, make, call)
 
 
 def _say_bytes(
@@ -489,7 +479,7 @@ def _say_bytes(
 
     def sizes(kind: str) -> list[int]:
         return [
-            weight * math.prod(map_between(*pair, kind).kernel_shape)
+            weight * math.prod(direct.map_between(*pair, kind).kernel_shape)
             for pair in pairs
         ]
 
@@ -527,9 +517,9 @@ def _machine_memory() -> int | None:
         return None
 
 
-def _name_peers(clones: Clones) -> None:
+def _name_peers(clones: _cloning.Clones) -> None:
     """Tells FA layers what a weights file of the stock model looks like."""
-    models = {layer for layer in clones if is_graph(layer)}
+    models = {layer for layer in clones if _cloning.is_graph(layer)}
     for model in models:
         for layer in model.layers:
             new = clones.get(layer)
@@ -541,43 +531,32 @@ def _name_peers(clones: Clones) -> None:
                 )
 
 
-def _carry_feedback(stocks: Clones, clones: Clones) -> None:
-    """Stored feedback kernels of a model go on in the one made of it.
+def _carry_feedback(
+    stocks: _cloning.Clones, clones: _cloning.Clones, converted: keras.Model
+) -> None:
+    """Feedback kernels and maps of a model go on in the one made of it.
 
     Args:
         stocks: The stock layers by the layers of the given model.
         clones: The new layers by these stock layers.
+        converted: The new model, in which maps go by the names of layers.
     """
+    sends = {
+        layer.name: layer
+        for layer in converted.layers
+        if isinstance(layer, direct.SendError)
+    }
     for old, stock in stocks.items():
-        new = clones.get(stock)
+        new = clones.get(stock, sends.get(old.name))
         if (
-            isinstance(old, FeedbackLayer)
-            and isinstance(new, FeedbackLayer)
+            hasattr(old, "stored_feedback")
+            and hasattr(new, "stored_feedback")
             and _same_law(old.feedback_initializer, new.feedback_initializer)
         ):
-            for before, after in zip(old.feedback_paths, new.feedback_paths):
-                _carry(before.feedback_kernel, after.feedback_kernel)
-
-
-def _carry_maps(model: keras.Model, converted: keras.Model) -> None:
-    """Maps of a model go on in the one made of it, by their names."""
-    given = {layer.name: layer for layer in model.layers}
-    for send in converted.layers:
-        old = given.get(send.name)
-        if (
-            isinstance(send, SendError)
-            and isinstance(old, SendError)
-            and _same_law(old.feedback_initializer, send.feedback_initializer)
-        ):
-            maps = dict(zip(old.receivers, old.maps))
-            for receiver, matrix in zip(send.receivers, send.maps):
-                _carry(maps.get(receiver), matrix)
-
-
-def _carry(old: keras.Variable | None, new: keras.Variable | None) -> None:
-    stored = old is not None and new is not None
-    if stored and old.shape == new.shape:
-        new.assign(ops.copy(old))
+            given = old.stored_feedback()
+            for name, variable in new.stored_feedback().items():
+                if name in given and given[name].shape == variable.shape:
+                    variable.assign(ops.copy(given[name]))
 
 
 def _same_law(old: object, new: object) -> bool:
@@ -622,13 +601,13 @@ def _compile_as(model: keras.Model, other: keras.Model) -> None:
     except (TypeError, ValueError) as error:
         warnings.warn(
             f"What model '{model.name}' was compiled with could not be copied "
-            f"({reason(error)}) Compile the new model.",
+            f"({_cloning.reason(error)}) Compile the new model.",
             stacklevel=3,
         )
 
 
 def _check_model(model: keras.Model) -> None:
-    if not is_graph(model):
+    if not _cloning.is_graph(model):
         raise ValueError(
             "Only Functional and Sequential models can be converted. For a "
             "subclassed model, use the FA layers in it directly. Received: "
@@ -643,10 +622,10 @@ def _check_model(model: keras.Model) -> None:
 
 def _check_layers(model: keras.Model, skip: set[str]) -> None:
     """Refuses kernels that no FA layer stands for, and wrong names."""
-    names = [layer.name for layer in leaves(model)]
+    names = [layer.name for layer in _cloning.leaves(model)]
     for name in skip.difference(names):
         raise _no_layer(name, "skip", names)
-    for layer in leaves(model):
+    for layer in _cloning.leaves(model):
         name = layer.name
         converted = type(layer) in _COUNTERPART
         if converted and name in skip:
@@ -671,7 +650,7 @@ def _check_wirable(
     model: keras.Model, method: methods.Method, feedback_maps: str
 ) -> None:
     """Refuses models that DFA and DenseFA have no wiring for."""
-    nested = [layer.name for layer in model.layers if is_graph(layer)]
+    nested = [layer.name for layer in model.layers if _cloning.is_graph(layer)]
     if nested:
         raise ValueError(
             f"'{method.name}' does not support nested models yet. Received: "
@@ -708,7 +687,7 @@ def _other_methods(
             f"layers={layers}. Leave `layers` out."
         )
     kinds = {}
-    for layer in leaves(model):
+    for layer in _cloning.leaves(model):
         kinds.setdefault(layer.name, set()).add(type(layer))
     others = {}
     for key, value in (layers or {}).items():

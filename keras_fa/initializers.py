@@ -158,8 +158,11 @@ def reseeded(seeded: _Seeded, stream: int) -> _Seeded:
 
     Args:
         seeded: What has a `seed` and Keras's `get_config` and `from_config`.
+            What has no seed, and so draws nothing, is returned as it is.
         stream: Integer; different streams give independent draws.
     """
+    if getattr(seeded, "seed", None) is None:
+        return seeded
     entropy = [int(_first(seeded.seed)), stream]
     words = np.random.SeedSequence(entropy).generate_state(1)
     config = {**seeded.get_config(), "seed": int(words[0] >> 1)}

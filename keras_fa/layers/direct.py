@@ -44,11 +44,6 @@ class StopError(keras.layers.Layer):
             return inputs
         return ops.stop_gradient(inputs)
 
-    def compute_output_spec(
-        self, inputs: keras.KerasTensor
-    ) -> keras.KerasTensor:
-        return keras.KerasTensor(inputs.shape, dtype=inputs.dtype)
-
 
 @keras.saving.register_keras_serializable(package="keras_fa")
 class SendError(keras.layers.Layer):
@@ -169,7 +164,9 @@ class SendError(keras.layers.Layer):
         for index, carry in enumerate(self._carriers):
             matrix = self.add_weight(
                 shape=carry.kernel_shape,
-                initializer=law_of_map(self.feedback_initializer, index),
+                initializer=initializers.reseeded(
+                    self.feedback_initializer, index
+                ),
                 trainable=False,
                 name=f"feedback_{self.receivers[index]}",
             )
@@ -180,6 +177,10 @@ class SendError(keras.layers.Layer):
     def maps(self) -> list[keras.Variable]:
         """The kernels of the maps, one for each receiver."""
         return [getattr(self, f"map_{i}") for i in range(len(self.receivers))]
+
+    def stored_feedback(self) -> dict[str, keras.Variable]:
+        """The kernels of the maps, by their receivers."""
+        return dict(zip(self.receivers, self.maps))
 
     def call(self, inputs: list[Tensor]) -> Tensor:
         source, *receivers = inputs
@@ -217,69 +218,49 @@ class SendError(keras.layers.Layer):
 
 
 @dataclasses.dataclass(frozen=True)
-class MatrixMap:
-    """Carries an error by matrices: `e B`, on e flattened per example.
+class FeedbackMap:
+    """Carries an error between tensors of two shapes.
 
     Called with an error `(batch, *source)` and the kernel, it returns the
-    error `(batch, *receiver)`. With a grid, each of its places has a matrix of
-    its own, and the result is resized to the receiver's places.
+    error `(batch, *receiver)`: `e B` on e flattened per example, or
+    `resize(e B)` with a matrix for each place, or `resize(conv(e, B))`. The
+    convolution is done at the source's resolution, the smaller one as a rule.
 
     Attributes:
         source: The shape of the source's error per example.
         receiver: The shape of the receiver's.
-        grid: Places in each dimension of space; `()` for one matrix that gives
-            the whole error.
+        places: Where errors are made before they are resized, in each
+            dimension of space: the source's places, or those that have a
+            matrix each; `()` for one matrix that gives the whole error.
+        window: The sizes of the convolution; `()` for matrices.
     """
 
     source: tuple[int, ...]
     receiver: tuple[int, ...]
-    grid: tuple[int, ...] = ()
+    places: tuple[int, ...] = ()
+    window: tuple[int, ...] = ()
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
-        """`(*grid, size of source, size of receiver at a place)`."""
-        places = self.receiver[: len(self.grid)]
-        size = math.prod(self.receiver) // math.prod(places)
-        return *self.grid, math.prod(self.source), size
+        """`(*window, channels, channels)`, or `(*places, size, size)`."""
+        if self.window:
+            return *self.window, self.source[-1], self.receiver[-1]
+        size = math.prod(self.receiver[len(self.places) :])
+        return *self.places, math.prod(self.source), size
 
     def __call__(self, error: Tensor, kernel: Tensor) -> Tensor:
-        batch, size = ops.shape(error)[0], math.prod(self.source)
-        flat = ops.reshape(error, (batch, size))
-        error = ops.tensordot(flat, kernel, axes=[[1], [len(self.grid)]])
-        if self.grid:
-            return _resize(error, self.grid, self.receiver[:-1])
+        batch = ops.shape(error)[0]
+        if self.window:
+            error = ops.reshape(error, (batch, *self.source))
+            error = ops.conv(
+                error, kernel, padding="same", data_format="channels_last"
+            )
+        else:
+            error = ops.reshape(error, (batch, math.prod(self.source)))
+            error = ops.tensordot(error, kernel, [[1], [len(self.places)]])
+        if self.places:
+            return _resize(error, self.places, self.receiver[:-1])
         return ops.reshape(error, (batch, *self.receiver))
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvolutionalMap:
-    """Carries an error from map to map: `resize(conv(e, B))`.
-
-    The convolution is done at the source's resolution, the smaller one as a
-    rule.
-
-    Attributes:
-        source: `(*places, channels)` of the source.
-        receiver: `(*places, channels)` of the receiver, with as many places.
-        kernel_size: In each dimension of space.
-    """
-
-    source: tuple[int, ...]
-    receiver: tuple[int, ...]
-    kernel_size: int
-
-    @property
-    def kernel_shape(self) -> tuple[int, ...]:
-        """`(*kernel sizes, channels of source, channels of receiver)`."""
-        window = (self.kernel_size,) * (len(self.source) - 1)
-        return *window, self.source[-1], self.receiver[-1]
-
-    def __call__(self, error: Tensor, kernel: Tensor) -> Tensor:
-        error = ops.reshape(error, (ops.shape(error)[0], *self.source))
-        error = ops.conv(
-            error, kernel, padding="same", data_format="channels_last"
-        )
-        return _resize(error, self.source[:-1], self.receiver[:-1])
 
 
 def map_between(
@@ -288,7 +269,7 @@ def map_between(
     feedback_maps: str,
     kernel_size: int = 3,
     grid_size: int = 4,
-) -> MatrixMap | ConvolutionalMap:
+) -> FeedbackMap:
     """What carries an error between tensors of two shapes.
 
     Args:
@@ -307,28 +288,14 @@ def map_between(
     """
     source, receiver = _per_example(source), _per_example(receiver)
     if feedback_maps == "dense" or len(receiver) < 2:
-        return MatrixMap(source, receiver)
+        return FeedbackMap(source, receiver)
     if len(source) == len(receiver) and math.prod(source[:-1]) > 1:
-        return ConvolutionalMap(source, receiver, kernel_size)
+        places = source[:-1]
+        return FeedbackMap(
+            source, receiver, places, (kernel_size,) * len(places)
+        )
     grid = tuple(min(grid_size, places) for places in receiver[:-1])
-    return MatrixMap(source, receiver, grid)
-
-
-def law_of_map(
-    initializer: keras.initializers.Initializer, stream: int
-) -> keras.initializers.Initializer:
-    """The same law for one of several maps: no two of them draw the same.
-
-    Args:
-        initializer: A Keras initializer.
-        stream: Integer, another one for each map.
-
-    Returns:
-        An initializer; the same one if it has no seed to draw by.
-    """
-    if getattr(initializer, "seed", None) is None:
-        return initializer
-    return initializers.reseeded(initializer, stream)
+    return FeedbackMap(source, receiver, grid)
 
 
 def check_feedback_maps(feedback_maps: str) -> None:

@@ -183,6 +183,7 @@ class FeedbackLayer:
             `keras_fa.constraints` or a list of constraints.
 
     Attributes:
+        stock: The stock layer's class.
         stock_peers: The names of the layers of the stock layer's class, in the
             order of the stock model, where `convert` made this layer. A stock
             weights file with just these layers of this class is loaded. Else
@@ -200,13 +201,16 @@ class FeedbackLayer:
         "kernel_constraint",
     )
     stock_peers: tuple[str, ...] = ()
+    stock: ClassVar[type] = object
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        bases = (b for b in cls.__mro__ if not issubclass(b, FeedbackLayer))
+        cls.stock = next(bases)
         if issubclass(cls, keras.layers.Layer):
             # A subclass with an __init__ of its own has that one's.
             ours = cls.__init__ is FeedbackLayer.__init__
-            cls.__signature__ = _signature(cls) if ours else None
+            cls.__signature__ = _signature(cls.stock) if ours else None
 
     def __init__(
         self,
@@ -423,6 +427,14 @@ class FeedbackLayer:
         """
         return _one_or_all(path.feedback_kernel for path in self.feedback_paths)
 
+    def stored_feedback(self) -> dict[str, keras.Variable]:
+        """The stored feedback kernels, by the names of their kernels."""
+        return {
+            name: path.feedback_kernel
+            for name, path in zip(self.kernel_names, self.feedback_paths)
+            if path.feedback_kernel is not None
+        }
+
     def effective_feedback_kernel(self) -> Tensor | tuple:
         """B, the kernel that carries the error now.
 
@@ -613,11 +625,8 @@ def _with_feedback(
     return penalty
 
 
-def _signature(cls: type) -> inspect.Signature:
+def _signature(stock: type) -> inspect.Signature:
     """The stock layer's arguments with the feedback family added."""
-    stock = next(
-        base for base in cls.__mro__ if not issubclass(base, FeedbackLayer)
-    )
     parameters = dict(inspect.signature(stock).parameters)
     for name in _REFUSED_ARGUMENTS:
         parameters.pop(name, None)
