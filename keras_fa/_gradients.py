@@ -10,7 +10,6 @@ All that the package needs of a backend's automatic differentiation is what the
 modules `_tensorflow` and `_jax` define:
 
 - `custom_gradient`: a function with a gradient of its own;
-- `held`: a layer's method, as such a function may hold it;
 - `pullback`: the gradient of a function for the error at its output;
 - `compiled`: a function compiled for the backend;
 - `sum_of_squares`: of a kernel, the fastest way;
@@ -62,10 +61,9 @@ def feedback_op(
 
     Args:
         op: `op(x, kernels, biases)`, linear in `x` and in each kernel, and a
-            function of these tensors alone. A bound method.
+            function of these tensors alone.
         feedback: The rule: a function of the kernels W that returns the
-            kernels B, each of its kernel's shape. They receive no gradient. A
-            bound method.
+            kernels B, each of its kernel's shape. They receive no gradient.
         x: The input.
         kernels: Forward kernels W in the order in which `x` meets them.
         biases: What else `op` reads and is trained; may be empty.
@@ -73,32 +71,31 @@ def feedback_op(
     Returns:
         The tensor `op(x, W)`.
     """
-    op, feedback = backend.held(op), backend.held(feedback)
-
-    def gradient(
-        x: Tensor,
-        forward: list[Tensor],
-        biases: list[Tensor],
-        back: list[Tensor],
-        dy: Tensor,
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        (dx,) = backend.pullback(lambda x: op(x, back, biases), [x], dy)
-        of_kernels, of_biases = [], []
-        for i, kernel in enumerate(forward):
-            # What x meets before this kernel is W, what it meets after it B.
-            def local(kernel: Tensor, *biases: Tensor, i: int = i) -> Tensor:
-                mixed = [*forward[:i], kernel, *back[i + 1 :]]
-                return op(x, mixed, list(biases))
-
-            of_kernel, *of_biases = backend.pullback(
-                local, [kernel, *biases], dy
-            )
-            of_kernels.append(of_kernel)
-        return dx, of_kernels, of_biases
-
     return backend.custom_gradient(
-        op, feedback, gradient, x, list(kernels), list(biases)
+        op, feedback, _feedback_gradient, x, list(kernels), list(biases)
     )
+
+
+def _feedback_gradient(
+    op: LinearOp,
+    x: Tensor,
+    forward: list[Tensor],
+    biases: list[Tensor],
+    back: list[Tensor],
+    dy: Tensor,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """`dx = op^T(dy, B)`, and the true local products of `x` and `dy`."""
+    (dx,) = backend.pullback(lambda x: op(x, back, biases), [x], dy)
+    of_kernels, of_biases = [], []
+    for i, kernel in enumerate(forward):
+        # What x meets before this kernel is W, what it meets after it B.
+        def local(kernel: Tensor, *biases: Tensor, i: int = i) -> Tensor:
+            mixed = [*forward[:i], kernel, *back[i + 1 :]]
+            return op(x, mixed, list(biases))
+
+        of_kernel, *of_biases = backend.pullback(local, [kernel, *biases], dy)
+        of_kernels.append(of_kernel)
+    return dx, of_kernels, of_biases
 
 
 def send_error(
@@ -127,9 +124,10 @@ def send_error(
     maps, carry = list(map(keras.ops.convert_to_tensor, maps)), list(carry)
 
     def gradient(
+        _: LinearOp,
         source: Tensor,
         receivers: list[Tensor],
-        _: list[Tensor],
+        no_biases: list[Tensor],
         maps: list[Tensor],
         e: Tensor,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -138,7 +136,7 @@ def send_error(
             to(keras.ops.cast(e, r.dtype), keras.ops.cast(m, r.dtype))
             for to, r, m in zip(carry, receivers, maps)
         ]
-        return e, errors, []
+        return e, errors, no_biases
 
     return backend.custom_gradient(
         lambda source, receivers, _: source,

@@ -43,7 +43,7 @@ def custom_gradient(
 
     def backward(arguments, dy):
         # No gradient for what the rule returned.
-        return *gradient(*arguments, dy), None
+        return *gradient(op, *arguments, dy), None
 
     function.defvjp(record, backward)
     x, *tensors = map(keras.ops.convert_to_tensor, [x, *kernels, *biases])
@@ -55,11 +55,6 @@ def custom_gradient(
     # not compute the rest.
     back = [jax.lax.stop_gradient(b) for b in feedback(kernels)]
     return function(x, kernels, biases, back)
-
-
-def held(method: Callable) -> Callable:
-    """The method: JAX holds on to nothing."""
-    return method
 
 
 def pullback(

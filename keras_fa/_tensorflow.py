@@ -1,5 +1,6 @@
 """TensorFlow: gradients of one's own by `tf.custom_gradient`."""
 
+import inspect
 import weakref
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -28,8 +29,8 @@ def custom_gradient(
     Args:
         op: What is computed.
         feedback: What the gradient is made with, as a function of `kernels`.
-        gradient: `gradient(x, kernels, biases, feedback(kernels), dy)` returns
-            the gradients of `x`, `kernels` and `biases`.
+        gradient: `gradient(op, x, kernels, biases, feedback(kernels), dy)`
+            returns the gradients of `x`, `kernels` and `biases`.
         x: A tensor.
         kernels: Tensors or variables.
         biases: Tensors or variables.
@@ -38,6 +39,9 @@ def custom_gradient(
         A tensor.
     """
     n = len(kernels)
+    if tf.inside_function():
+        # The gradient functions of graphs live as long as the process.
+        op, feedback = _weakly(op), _weakly(feedback)
 
     @tf.custom_gradient
     def function(x, *tensors):
@@ -51,7 +55,7 @@ def custom_gradient(
             # W can slip behind the optimizer's write.
             made = feedback(kernels) if back is None else back
             made = [tf.stop_gradient(b) for b in made]
-            dx, dkernels, dbiases = gradient(x, kernels, biases, made, dy)
+            dx, dkernels, dbiases = gradient(op, x, kernels, biases, made, dy)
             return (dx, *dkernels, *dbiases)
 
         y = op(_no_way_down(x), kernels, biases)
@@ -73,15 +77,11 @@ def _no_way_down(x: tf.Tensor) -> tf.Tensor:
     )
 
 
-def held(method: Callable) -> Callable:
-    """A layer's method, for a gradient function to hold.
-
-    TensorFlow keeps the gradient functions of graphs for as long as the
-    process lives. They must not keep layers alive with them.
-    """
-    if not tf.inside_function():
-        return method
-    weak = weakref.WeakMethod(method)
+def _weakly(function: Callable) -> Callable:
+    """A layer's method, held so that the layer may go."""
+    if not inspect.ismethod(function):
+        return function
+    weak = weakref.WeakMethod(function)
     return lambda *args: weak()(*args)
 
 

@@ -55,7 +55,7 @@ class Method:
         name: The name in `METHODS`.
         title: The row's title in the paper.
         definition: What it computes, in one line.
-        standing: Where the definition comes from.
+        standing: Where the definition comes from. Default "our reading".
         feedback_initializer: As the argument of FA layers.
         feedback_constraint: As the argument of FA layers.
         feedback_regularizer: As the argument of FA layers.
@@ -74,7 +74,7 @@ class Method:
     name: str
     title: str
     definition: str
-    standing: str
+    standing: str = "our reading"
     feedback_initializer: Identifier = None
     feedback_constraint: Identifier = None
     feedback_regularizer: Identifier = None
@@ -87,9 +87,6 @@ class Method:
         """The callbacks that go with this method: a fresh list each time."""
         return [make() for make in self.callback_classes]
 
-
-_PAPER = "the paper's"
-_OURS = "our reading"
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -106,7 +103,6 @@ METHODS: dict[str, Method] = {
             title="BP + Noise",
             definition="B = W + tan(a) ||W|| n / ||n||, n fresh Gaussian noise "
             "orthogonal to W, a the angle that uSF SN would have",
-            standing=_OURS,
             feedback_constraint=NoisyKernel(),
         ),
         Method(
@@ -114,7 +110,6 @@ METHODS: dict[str, Method] = {
             title="BP + Alignment",
             definition="B = W, loss + rate (1 - cos(W, B_0)) for each kernel, "
             "B_0 fixed and random",
-            standing=_OURS,
             feedback_constraint=TiedKernel(),
             feedback_regularizer=Alignment(),
         ),
@@ -128,7 +123,7 @@ METHODS: dict[str, Method] = {
             name="fa_usf_init_ei",
             title="FA-uSF Init. E/I",
             definition="B = |B_0| sign(W), each weight keeps the sign of W_0",
-            standing=_PAPER,
+            standing="the paper's",
             feedback_constraint=SignConcordance(),
             kernel_constraint=FixedSign(),
         ),
@@ -163,7 +158,6 @@ METHODS: dict[str, Method] = {
             title="DenseFA",
             definition="uSF SN from the next kernel layer, and M e_m from each "
             "kernel layer m further up, M fixed and random",
-            standing=_OURS,
             feedback_constraint=SignConcordance(strict=True),
             wiring="dense",
             # The chained error follows the weights; those of the maps are
@@ -185,7 +179,6 @@ METHODS: dict[str, Method] = {
             name="fa_usf_const",
             title="FA-uSF Const.",
             definition="B = ||W_0|| sign(W) / ||sign(W)||, ||W_t|| = ||W_0||",
-            standing=_OURS,
             feedback_constraint=SignConcordance(strict=True),
             kernel_constraint=ConstantNorm(),
         ),
@@ -193,7 +186,6 @@ METHODS: dict[str, Method] = {
             name="fa_usf_const_ei",
             title="FA-uSF Const. E/I",
             definition="as FA-uSF Const., each weight keeps the sign of W_0",
-            standing=_OURS,
             feedback_constraint=SignConcordance(strict=True),
             kernel_constraint=Chain([FixedSign(), ConstantNorm()]),
         ),

@@ -475,23 +475,22 @@ class FeedbackLayer:
         if of_stock:
             store = self._stock_entry(store)
         stock, ours = self._stock_state(), self._state()
-        given = set(store.keys())
+        wanted = stock.keys() | (set() if of_stock else ours.keys())
         prefixes = tuple(f"{name}_" for name in self.kernel_names)
-        feedback = {name for name in given if name.startswith(prefixes)}
-        wanted = set() if of_stock else set(ours)
-        of_keras = {name for name in given if name.isdigit()}
-        if feedback != wanted or of_keras != stock.keys():
+        found = sorted(store.keys())
+        given = {n for n in found if n.isdigit() or n.startswith(prefixes)}
+        if given != wanted:
             raise ValueError(
                 "The weights file was written under another method or by "
                 f"another layer. Layer '{self.name}' ({type(self).__name__}) "
                 f"holds {', '.join([*stock, *ours])}. Received: "
-                f"{', '.join(sorted(given))}. Load the file into a model like "
-                "the one that it was saved from."
+                f"{', '.join(found)}. Load the file into a model like the one "
+                "that it was saved from."
             )
         for name, variable in stock.items():
             variable.assign(store[name])
         self.refresh()  # a stock file lacks what follows from the kernel
-        for name in feedback:
+        for name in given - stock.keys():
             _gradients.backend.remember(ours[name], store[name])
 
     def _stock_state(self) -> dict[str, keras.Variable]:
