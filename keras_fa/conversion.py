@@ -624,7 +624,10 @@ def _check_layers(model: keras.Model, skip: set[str]) -> None:
     """Refuses kernels that no FA layer stands for, and wrong names."""
     names = [layer.name for layer in _cloning.leaves(model)]
     for name in skip.difference(names):
-        raise _no_layer(name, "skip", names)
+        raise ValueError(
+            f"No layer is named {name!r}. Received it in `skip`. The model's "
+            f"layers: {', '.join(dict.fromkeys(names))}"
+        )
     for layer in _cloning.leaves(model):
         name = layer.name
         converted = type(layer) in _COUNTERPART
@@ -698,26 +701,14 @@ def _other_methods(
                 f"be the method of one layer. Received: layers[{key!r}]="
                 f"'{other.name}'. Use convert(model, '{other.name}')."
             )
-        if key not in kinds and key not in _CLASSES:
-            if isinstance(key, str):
-                raise _no_layer(key, "layers", kinds)
+        named = kinds.get(key, {_CLASSES.get(key)})
+        if named.isdisjoint(_COUNTERPART):
+            found = ", ".join(kind.__name__ for kind in kinds.get(key, ()))
             raise ValueError(
                 "`layers` takes names and classes of layers with an FA "
-                f"counterpart. Received: {key!r}. Allowed classes: "
-                f"{', '.join(cls.__name__ for cls in _COUNTERPART)}"
-            )
-        if key in kinds and kinds[key].isdisjoint(_COUNTERPART):
-            found = ", ".join(kind.__name__ for kind in kinds[key])
-            raise ValueError(
-                "`layers` takes names of layers with an FA counterpart. "
-                f"Received: layer {key!r} ({found})"
+                f"counterpart. Received: {key!r} ({found or 'unknown'}). The "
+                f"model's layers: {', '.join(kinds)}. Allowed classes: "
+                f"{', '.join(kind.__name__ for kind in _COUNTERPART)}"
             )
         others[key if key in kinds else _CLASSES[key]] = other
     return others
-
-
-def _no_layer(name: str, argument: str, names: Iterable[str]) -> ValueError:
-    return ValueError(
-        f"No layer is named {name!r}. Received it in `{argument}`. The model's "
-        f"layers: {', '.join(dict.fromkeys(names))}"
-    )
