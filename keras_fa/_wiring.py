@@ -194,14 +194,14 @@ def _record(model: keras.Model) -> tuple[list[Node], Node]:
 
 
 @functools.cache
-def _operations(*names: str) -> frozenset[type]:
-    """The classes of the operations that activation functions are.
+def _operations() -> dict[type, str]:
+    """The operations that activation functions are recorded as, by class.
 
     Public functions tell it: those of `keras.activations` and those of the
     same names in `keras.ops`. A function of several operations has no class.
     """
-    classes = set()
-    for name in names:
+    names = {keras.layers.Softmax: "softmax"}
+    for name in dir(keras.activations):
         for module in (keras.activations, keras.ops):
             x = keras.KerasTensor((None, 4))
             try:
@@ -209,29 +209,25 @@ def _operations(*names: str) -> frozenset[type]:
             except (AttributeError, TypeError, ValueError):
                 continue  # not there, or no function of one symbolic tensor
             if len(operations.operations) == 1:
-                classes.add(type(operations.operations[0]))
-    return frozenset(classes)
+                names[type(operations.operations[0])] = name
+    return names
+
+
+def activation_of(operation: keras.Operation) -> str:
+    """The name of the activation that an operation is, or a layer ends in."""
+    if type(operation) in _operations():
+        return _operations()[type(operation)]
+    function = getattr(operation, "activation", None)
+    return getattr(function, "__name__", "linear" if function is None else "")
 
 
 def _passes(operation: keras.Operation) -> bool:
     """Whether a tap moves through an operation with one input."""
-    activations = _operations(*dir(keras.activations))
-    return type(operation) in activations.union(_PASSED)
-
-
-def activates(layer: keras.layers.Layer, names: tuple[str, ...]) -> bool:
-    """Whether a layer's own activation is one of these.
-
-    Args:
-        layer: A layer with an activation.
-        names: Of functions; "linear" is no activation, too.
-    """
-    name = getattr(layer.activation, "__name__", None)
-    return ("linear" if layer.activation is None else name) in names
+    return type(operation) in _PASSED or type(operation) in _operations()
 
 
 def _makes_probabilities(operation: keras.Operation | None) -> bool:
-    if type(operation) is keras.layers.Activation:
-        return activates(operation, TO_PROBABILITIES)
-    kinds = _operations(*TO_PROBABILITIES)
-    return type(operation) in kinds.union([keras.layers.Softmax])
+    """Whether it is a softmax or the like and nothing else."""
+    kind = type(operation)
+    alone = kind is keras.layers.Activation or kind in _operations()
+    return alone and activation_of(operation) in TO_PROBABILITIES

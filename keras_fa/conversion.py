@@ -397,21 +397,17 @@ def _wire(
     ]
     what = f"fixed random {feedback_maps} maps for model '{model.name}'"
     _say_bytes(f"{method.title}: {len(pairs)} {what}", pairs, feedback_maps)
-    laws = {
-        source: initializers.reseeded(method.map_initializer, index)
-        for index, source in enumerate(sends)
-    }
     # DFA's e is that of the logits, DenseFA's that of the pre-activations.
-    split = {
-        source.operation
+    fused = {
+        source.operation: _wiring.activation_of(source.operation)
         for source in sends
         if type(source.operation) in _COUNTERPART
-        and not _wiring.activates(source.operation, ("linear",))
-        and (
-            not dfa
-            or _wiring.activates(source.operation, _wiring.TO_PROBABILITIES)
-        )
     }
+    split = [
+        layer
+        for layer, name in fused.items()
+        if name != "linear" and (not dfa or name in _wiring.TO_PROBABILITIES)
+    ]
     taken = {operation.name for operation in model.operations}
 
     def free(name: str) -> str:
@@ -420,7 +416,7 @@ def _wire(
         taken.add(name)
         return name
 
-    activations = {}
+    activations, order = {}, {node: i for i, node in enumerate(sends)}
 
     def make(layer: keras.Operation) -> keras.Operation:
         clone = _counterpart(layer, method)
@@ -443,7 +439,7 @@ def _wire(
         if node in sends:
             send = direct.SendError(
                 [receiver.label for receiver in sends[node]],
-                laws[node],
+                initializers.reseeded(method.map_initializer, order[node]),
                 feedback_maps,
                 name=free(f"{node.label}_send_error"),
             )

@@ -53,12 +53,8 @@ class FeedbackPath:
     layer's weights it does with them.
 
     Args:
-        kernel: The forward kernel, a variable of the FA layer.
-        rule: The `FeedbackConstraint` of this path.
-        units: As for `KernelConstraint.build`.
-        add_weight: The layer's.
-        draw: What the stored feedback kernel starts from; `None` where none
-            is stored.
+        layer: The FA layer, whose kernels are built.
+        name: The kernel's name.
 
     Attributes:
         kernel: The forward kernel.
@@ -70,28 +66,27 @@ class FeedbackPath:
             constraint remembers where that is a weight.
     """
 
-    def __init__(
-        self,
-        kernel: keras.Variable,
-        rule: constraints.FeedbackConstraint,
-        units: np.ndarray,
-        add_weight: AddWeight,
-        draw: Draw | None,
-    ) -> None:
-        self.kernel = kernel
-        self.rule = rule
-        self.feedback_kernel = None
+    def __init__(self, layer: "FeedbackLayer", name: str) -> None:
+        self.kernel = kernel = getattr(layer, name)
+        given = layer.feedback_constraint
+        self.rule = (
+            constraints.Stored(None) if given is None else copy.copy(given)
+        )
         self.fixed = constraints.Chain(
             part
             for part in constraints.parts_of(kernel.constraint)
             if isinstance(part, constraints.KernelConstraint)
         )
+        self.feedback_kernel = None
         self.attributes = {}
-        if draw is not None:
+        pairwise = isinstance(
+            layer.feedback_regularizer, regularizers.FeedbackRegularizer
+        )
+        if self.rule.stores_feedback_kernel or pairwise:
             distribution = keras.distribution.distribution()
             self.feedback_kernel = keras.Variable(
                 shape=kernel.shape,
-                initializer=draw,
+                initializer=self._draw(layer, name),
                 dtype=kernel.dtype,
                 trainable=False,
                 autocast=False,
@@ -103,12 +98,37 @@ class FeedbackPath:
                 and distribution.get_variable_layout(kernel),
             )
             self.attributes["feedback_kernel"] = self.feedback_kernel
-        self.attributes |= _kept_by(rule, kernel, add_weight)
+        if pairwise:
+            kernel.regularizer = _with_feedback(
+                kernel.regularizer, layer.feedback_regularizer, self
+            )
+
+        def add_weight(**kwargs: object) -> keras.Variable:
+            shared = {"trainable": False, "aggregation": "only_first_replica"}
+            return layer.add_weight(**{**shared, **kwargs})
+
+        self.attributes |= _kept_by(self.rule, kernel, add_weight)
+        units = layer.presynaptic_units(name, kernel.shape)
         if _gradients.backend.TRACKS_CONSTRAINTS:
             self.fixed.build(kernel, units, add_weight)
             self.attributes |= self.fixed.state
         else:
             self.fixed.build(kernel, units)
+
+    def _draw(self, layer: "FeedbackLayer", name: str) -> Draw:
+        """What the stored feedback kernel starts from."""
+        given, kernel, rule = layer.feedback_initializer, self.kernel, self.rule
+        if not isinstance(given, initializers.KernelMagnitude):
+            return initializers.independent(
+                given, layer._drawn_from[name], kernel.path
+            )
+
+        def draw(shape: tuple, dtype: str | None = None) -> Tensor:
+            ones = ops.ones(shape, dtype)
+            norms = map(constraints.kernel_norm, (kernel, rule(ones, kernel)))
+            return ops.divide_no_nan(*norms) * ones
+
+        return draw
 
     @property
     def variables(self) -> dict[str, keras.Variable]:
@@ -293,56 +313,15 @@ class FeedbackLayer:
         super().build(input_shape)
         try:
             for name in self.kernel_names:
-                setattr(self, f"_{name}_path", self._path_of(name))
+                path = FeedbackPath(self, name)
+                setattr(self, f"_{name}_path", path)
+                # Keras finds a variable as an attribute, and
+                # tf.train.Checkpoint in no other way.
+                for key, value in path.attributes.items():
+                    setattr(self, f"_{name}_{key}", value)
         except Exception:
             self.built = False  # no half-built layer is left behind
             raise
-
-    def _path_of(self, name: str) -> FeedbackPath:
-        kernel = getattr(self, name)
-        given = self.feedback_constraint
-        rule = constraints.Stored(None) if given is None else copy.copy(given)
-        pairwise = isinstance(
-            self.feedback_regularizer, regularizers.FeedbackRegularizer
-        )
-        draw = None
-        if rule.stores_feedback_kernel or pairwise:
-            draw = self._draw_feedback(kernel, self._drawn_from[name], rule)
-
-        def add_weight(**kwargs: object) -> keras.Variable:
-            shared = {"trainable": False, "aggregation": "only_first_replica"}
-            return self.add_weight(**{**shared, **kwargs})
-
-        units = self.presynaptic_units(name, kernel.shape)
-        path = FeedbackPath(kernel, rule, units, add_weight, draw)
-        # Keras finds a variable as an attribute, and tf.train.Checkpoint in no
-        # other way.
-        for key, value in path.attributes.items():
-            setattr(self, f"_{name}_{key}", value)
-        if pairwise:
-            kernel.regularizer = _with_feedback(
-                kernel.regularizer, self.feedback_regularizer, path
-            )
-        return path
-
-    def _draw_feedback(
-        self,
-        kernel: keras.Variable,
-        kernel_initializer: Callable,
-        rule: constraints.FeedbackConstraint,
-    ) -> Draw:
-        given = self.feedback_initializer
-        if not isinstance(given, initializers.KernelMagnitude):
-            return initializers.independent(
-                given, kernel_initializer, kernel.path
-            )
-
-        def draw(shape: tuple, dtype: str | None = None) -> Tensor:
-            ones = ops.ones(shape, dtype)
-            norms = map(constraints.kernel_norm, (kernel, rule(ones, kernel)))
-            return ops.divide_no_nan(*norms) * ones
-
-        return draw
 
     def presynaptic_units(self, name: str, shape: tuple) -> np.ndarray:
         """The index of the presynaptic unit of each weight of a kernel.
