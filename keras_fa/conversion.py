@@ -43,7 +43,7 @@ from keras_fa.layers.feedback import FeedbackLayer
 from keras_fa.layers.feedback import feedback_layers
 
 _COUNTERPART = {
-    cls.stock: cls for cls in map(vars(fa_layers).get, fa_layers.__all__)
+    cls.stock_class: cls for cls in map(vars(fa_layers).get, fa_layers.__all__)
 }
 # What names a kind of layers, by the stock class that it stands for.
 _CLASSES = {
@@ -288,7 +288,7 @@ def _to_stock(
     def make(layer: keras.Operation) -> keras.Operation:
         if isinstance(layer, (direct.StopError, direct.SendError)):
             return layer  # which is not called
-        stock = layer.stock if isinstance(layer, FeedbackLayer) else None
+        stock = layer.stock_class if isinstance(layer, FeedbackLayer) else None
         known = subclasses or type(layer) in _COUNTERPART.values()
         if stock is not None and not known:
             raise ValueError(

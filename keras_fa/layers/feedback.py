@@ -203,7 +203,7 @@ class FeedbackLayer:
             `keras_fa.constraints` or a list of constraints.
 
     Attributes:
-        stock: The stock layer's class.
+        stock_class: The stock layer's class.
         stock_peers: The names of the layers of the stock layer's class, in the
             order of the stock model, where `convert` made this layer. A stock
             weights file with just these layers of this class is loaded. Else
@@ -221,16 +221,16 @@ class FeedbackLayer:
         "kernel_constraint",
     )
     stock_peers: tuple[str, ...] = ()
-    stock: ClassVar[type] = object
+    stock_class: ClassVar[type] = object
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         bases = (b for b in cls.__mro__ if not issubclass(b, FeedbackLayer))
-        cls.stock = next(bases)
+        cls.stock_class = next(bases)
         if issubclass(cls, keras.layers.Layer):
             # A subclass with an __init__ of its own has that one's.
             ours = cls.__init__ is FeedbackLayer.__init__
-            cls.__signature__ = _signature(cls.stock) if ours else None
+            cls.__signature__ = _signature(cls.stock_class) if ours else None
 
     def __init__(
         self,
