@@ -120,8 +120,8 @@ def send_error(
         `source`, unchanged.
     """
 
-    # A plain list: one of Keras's holds its layer's variables.
-    maps, carry = list(map(keras.ops.convert_to_tensor, maps)), list(carry)
+    # Tensors, in plain lists: variables and lists of Keras's hold layers.
+    maps, carry = list(map(keras.ops.stop_gradient, maps)), list(carry)
 
     def gradient(
         _: LinearOp,
