@@ -32,7 +32,6 @@ from keras_fa import _gradients
 from keras_fa import constraints
 from keras_fa import initializers
 from keras_fa import regularizers
-from keras_fa._types import AddWeight
 from keras_fa._types import Draw
 from keras_fa._types import Identifier
 from keras_fa._types import Store
@@ -99,15 +98,23 @@ class FeedbackPath:
             )
             self.attributes["feedback_kernel"] = self.feedback_kernel
         if pairwise:
-            kernel.regularizer = _with_feedback(
-                kernel.regularizer, layer.feedback_regularizer, self
-            )
+            own, of_pair = kernel.regularizer, layer.feedback_regularizer
+
+            def penalty(kernel: Tensor) -> Tensor:
+                total = of_pair(self.feedback_kernel, kernel)
+                return total if own is None else total + own(kernel)
+
+            kernel.regularizer = penalty
+
+        made = []
 
         def add_weight(**kwargs: object) -> keras.Variable:
             shared = {"trainable": False, "aggregation": "only_first_replica"}
-            return layer.add_weight(**{**shared, **kwargs})
+            made.append(layer.add_weight(**{**shared, **kwargs}))
+            return made[-1]
 
-        self.attributes |= _kept_by(self.rule, kernel, add_weight)
+        self.rule.build(kernel, add_weight)
+        self.attributes |= _kept_by(self.rule, made)
         units = layer.presynaptic_units(name, kernel.shape)
         if _gradients.backend.TRACKS_CONSTRAINTS:
             self.fixed.build(kernel, units, add_weight)
@@ -348,8 +355,7 @@ class FeedbackLayer:
         inspect.signature(super().call).bind(inputs, *args, **kwargs)
         # Each read once: B is made of the very W that y is computed with.
         kernels = [ops.convert_to_tensor(path.kernel) for path in paths]
-        biases = [] if self.bias is None else [self.bias]
-        biases = [ops.convert_to_tensor(bias) for bias in biases]
+        biases = [] if self.bias is None else [ops.convert_to_tensor(self.bias)]
         outputs = _gradients.feedback_op(
             self._linear_op, self._effective, inputs, kernels, biases
         )
@@ -359,12 +365,8 @@ class FeedbackLayer:
 
     def _linear_op(self, x: Tensor, kernels: list, biases: list) -> Tensor:
         """The stock layer's `call` without its activation, on tensors."""
-        tensors = {
-            id(path.kernel): kernel
-            for path, kernel in zip(self.feedback_paths, kernels)
-        }
-        if biases:
-            tensors[id(self.bias)] = biases[0]
+        weights = [*(path.kernel for path in self.feedback_paths), self.bias]
+        tensors = dict(zip(map(id, weights), [*kernels, *biases]))
         linear = object.__new__(type(self))
         for name, value in vars(self).items():
             vars(linear)[name] = tensors.get(id(value), value)
@@ -491,27 +493,25 @@ class FeedbackLayer:
 
     def _stock_entry(self, store: Store) -> Store:
         """Where a stock model's file has the layer of this name."""
-        names, shapes = {}, {}
+        groups = {}
 
         def visit(path: str, group: Mapping) -> None:
             if path.endswith("/vars"):
-                entry = path.removesuffix("/vars")
-                names[entry] = group.attrs.get("name")
-                shapes[entry] = tuple(v.shape for v in group.values())
+                groups[path.removesuffix("/vars")] = group
 
         if hasattr(store, "h5_file"):
             store.h5_file.visititems(visit)
+        names = {entry: g.attrs.get("name") for entry, g in groups.items()}
         found = [entry for entry, name in names.items() if name == self.name]
         if len(found) == 1:
             # Keras numbers the layers of a class: dense, dense_1, ...
             kind = re.sub(r"_\d+$", "", found[0])
             alike = [e for e in names if re.sub(r"_\d+$", "", e) == kind]
             alike.sort(key=lambda entry: (len(entry), entry))
-            peers = [names[entry] for entry in alike]
-            distinct = len({shapes[entry] for entry in alike}) == len(alike)
-            if peers == list(self.stock_peers) or (
-                distinct and not self.stock_peers
-            ):
+            peers = tuple(names[entry] for entry in alike)
+            shapes = {tuple(v.shape for v in groups[e].values()) for e in alike}
+            distinct = len(shapes) == len(alike) and not self.stock_peers
+            if distinct or peers == self.stock_peers:
                 return store.get(found[0])
         raise ValueError(
             f"It is not known which weights of the file are those of layer "
@@ -521,13 +521,8 @@ class FeedbackLayer:
 
     def get_config(self) -> dict:
         serialize = keras.saving.serialize_keras_object
-        return {
-            **super().get_config(),
-            **{
-                name: serialize(getattr(self, name))
-                for name in _FEEDBACK_ARGUMENTS
-            },
-        }
+        family = {n: serialize(getattr(self, n)) for n in _FEEDBACK_ARGUMENTS}
+        return super().get_config() | family
 
 
 _UNSUPPORTED = (
@@ -543,18 +538,14 @@ def _refuse(owner: str, given: str) -> NoReturn:
 
 
 def _kept_by(
-    rule: constraints.FeedbackConstraint,
-    kernel: keras.Variable,
-    add_weight: AddWeight,
+    rule: constraints.FeedbackConstraint, made: list[keras.Variable]
 ) -> dict[str, keras.Variable | keras.random.SeedGenerator]:
-    """Builds a rule; what it keeps, by the names of its attributes."""
-    made = []
+    """What a rule keeps, by the names of its attributes.
 
-    def add(**kwargs: object) -> keras.Variable:
-        made.append(add_weight(**kwargs))
-        return made[-1]
-
-    rule.build(kernel, add)
+    Args:
+        rule: A rule that is built.
+        made: The weights that it added.
+    """
     kept = {
         name: value
         for name, value in vars(rule).items()
@@ -587,20 +578,6 @@ def _own_constraint(identifier: Identifier) -> Callable | None:
 def _one_or_all(values: Iterator) -> object:
     values = tuple(values)
     return values[0] if len(values) == 1 else values
-
-
-def _with_feedback(
-    regularizer: Callable | None,
-    feedback_regularizer: regularizers.FeedbackRegularizer,
-    path: FeedbackPath,
-) -> Callable[[Tensor], Tensor]:
-    """A kernel's own penalty plus that on it and its feedback kernel."""
-
-    def penalty(kernel: Tensor) -> Tensor:
-        total = feedback_regularizer(path.feedback_kernel, kernel)
-        return total if regularizer is None else total + regularizer(kernel)
-
-    return penalty
 
 
 def _signature(stock: type) -> inspect.Signature:
