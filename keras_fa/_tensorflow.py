@@ -58,8 +58,7 @@ def custom_gradient(
             dx, dkernels, dbiases = gradient(op, x, kernels, biases, made, dy)
             return (dx, *dkernels, *dbiases)
 
-        y = op(_no_way_down(x), kernels, biases)
-        return y, backward
+        return op(_no_way_down(x), kernels, biases), backward
 
     # custom_gradient takes no variables.
     return function(*map(tf.convert_to_tensor, [x, *kernels, *biases]))

@@ -71,11 +71,7 @@ class FeedbackPath:
         self.rule = (
             constraints.Stored(None) if given is None else copy.copy(given)
         )
-        self.fixed = constraints.Chain(
-            part
-            for part in constraints.parts_of(kernel.constraint)
-            if isinstance(part, constraints.KernelConstraint)
-        )
+        self.fixed = constraints.Chain(constraints.parts_of(kernel.constraint))
         self.feedback_kernel = None
         self.attributes = {}
         pairwise = isinstance(
