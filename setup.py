@@ -15,6 +15,7 @@ TRAIN = [
 ]
 JAX = ["jax>=0.10.2"]
 TEST = [*TRAIN, *JAX, "pytest>=8", "pytest-xdist>=3.8", "ruff>=0.14"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=1.0"]
 
 setup(
     name="keras_fa",
@@ -26,5 +27,5 @@ setup(
     packages=find_packages(include=["keras_fa", "keras_fa.*"]),
     python_requires=">=3.11",
     install_requires=["keras>=3.15", "numpy", "tensorflow>=2.21"],
-    extras_require={"jax": JAX, "train": TRAIN, "test": TEST},
+    extras_require={"jax": JAX, "train": TRAIN, "test": TEST, "docs": DOCS},
 )
