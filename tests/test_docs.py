@@ -1,8 +1,9 @@
-"""The examples of the README and of docstrings run; nothing is undocumented."""
+"""Examples of READMEs, notebooks and docstrings run; all is documented."""
 
 import ast
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 import textwrap
@@ -16,8 +17,37 @@ from backends import ON_TENSORFLOW
 import keras_fa
 
 ROOT = Path(__file__).resolve().parents[1]
+READMES = (
+    "README.md",
+    "keras_fa/README.md",
+    "train/README.md",
+    "train/results/README.md",
+)
+PAGES = (*READMES, "CHANGELOG.md", "train/results/NOTES.md")
+NOTEBOOKS = sorted((ROOT / "train" / "notebooks").glob("*.ipynb"))
 FENCE = re.compile(r"^([ ]*)```python\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FLAGFILE = re.compile(r"--flagfile=(\w+\.flags)")
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
+
+
+def page(name: str) -> str:
+    """The text of a page, by its path from the root."""
+    return (ROOT / name).read_text("utf-8")
+
+
+def anchors(text: str) -> set[str]:
+    """What links to the headings of a page end in, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", CODE.sub(_unfenced, text), re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in headings
+    }
+
+
+def _unfenced(code: re.Match) -> str:
+    return "" if code[0].startswith("```") else code[0]
 
 
 def fences(text: str) -> list[str]:
@@ -41,7 +71,7 @@ def docstrings(path: Path) -> Iterator[tuple[str, str]]:
 
 def examples() -> dict[str, str]:
     """All examples by the name of where they stand."""
-    texts = [("README.md", (ROOT / "README.md").read_text("utf-8"))]
+    texts = [(name, page(name)) for name in READMES]
     for folder in ("keras_fa", "train"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             texts += docstrings(path)
@@ -85,15 +115,92 @@ def test_example_runs(
 ) -> None:
     if "import tensorflow" in EXAMPLES[name] and not ON_TENSORFLOW:
         pytest.skip("an example of TensorFlow's own")
-    monkeypatch.chdir(tmp_path)  # what an example writes
-    code = compile(EXAMPLES[name], name, "exec")
-    exec(code, {"__name__": "__main__"})
+    run([EXAMPLES[name]], name, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    codes = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    assert codes
+    run(codes, path.name, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_was_executed(path: Path) -> None:
+    """From the first cell to the last, without an error, with a figure."""
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    codes = [cell for cell in cells if cell["cell_type"] == "code"]
+    counts = [cell["execution_count"] for cell in codes]
+    assert counts == list(range(1, len(codes) + 1))
+    outputs = [output for cell in codes for output in cell["outputs"]]
+    assert all(output["output_type"] != "error" for output in outputs)
+    assert any("image/png" in output.get("data", ()) for output in outputs)
+
+
+def run(
+    codes: list[str], name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs pieces of code, one after the other, in one namespace.
+
+    Args:
+        codes: The pieces.
+        name: Where they stand.
+        folder: The folder for what they write.
+        monkeypatch: Pytest's.
+    """
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+    monkeypatch.chdir(folder)
+    namespace = {"__name__": "__main__"}
+    for code in codes:
+        exec(compile(code, name, "exec"), namespace)
+    plt.close("all")
 
 
 def test_examples_were_found() -> None:
     assert any(name.startswith("README.md") for name in EXAMPLES)
+    assert any(name.startswith("keras_fa/README.md") for name in EXAMPLES)
     assert any(name.startswith("keras_fa.conversion") for name in EXAMPLES)
     assert len(EXAMPLES) > 25
+    assert len(NOTEBOOKS) == 2
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    links = LINK.findall(CODE.sub("", page(name)))
+    for link in links:
+        if "://" in link:
+            continue
+        target, _, anchor = link.partition("#")
+        found = (ROOT / name).parent / target if target else ROOT / name
+        assert found.exists(), f"{name} links to {link}"
+        if anchor:
+            assert anchor in anchors(found.read_text("utf-8")), link
+
+
+def test_reference_has_all_modules() -> None:
+    lines = page("keras_fa/api.md").splitlines()
+    for name in keras_fa.__all__:
+        if inspect.ismodule(getattr(keras_fa, name)):
+            assert f"::: keras_fa.{name}" in lines
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_flagfiles_exist(name: str) -> None:
+    for flagfile in FLAGFILE.findall(page(name)):
+        assert (ROOT / "train" / "flags" / flagfile).is_file(), flagfile
+
+
+def test_first_page_is_short_and_has_the_commands_of_ci() -> None:
+    readme = page("README.md")
+    assert len(readme.splitlines()) <= 180
+    for line in page(".ci/run").splitlines():
+        if line.startswith("python3 -m venv"):
+            assert line in readme.splitlines()
 
 
 @pytest.mark.parametrize("name", public())
