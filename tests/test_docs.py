@@ -29,6 +29,7 @@ FENCE = re.compile(r"^([ ]*)```python\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FLAGFILE = re.compile(r"--flagfile=(\w+\.flags)")
+COMMAND = re.compile(r"python (train/\w+\.py)(.*)")
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
@@ -193,6 +194,17 @@ def test_reference_has_all_modules() -> None:
 def test_flagfiles_exist(name: str) -> None:
     for flagfile in FLAGFILE.findall(page(name)):
         assert (ROOT / "train" / "flags" / flagfile).is_file(), flagfile
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_have_flags_that_exist(name: str) -> None:
+    sources = [p.read_text("utf-8") for p in (ROOT / "train").rglob("*.py")]
+    for program, arguments in COMMAND.findall(page(name)):
+        assert (ROOT / program).is_file(), program
+        for flag in set(re.findall(r"--(\w+)", arguments)) - {"flagfile"}:
+            spellings = {f'"{flag}"', f'"{flag.removeprefix("no")}"'}
+            defined = any(s in source for source in sources for s in spellings)
+            assert defined, f"{name}: {program} --{flag}"
 
 
 def test_first_page_is_short_and_has_the_commands_of_ci() -> None:
