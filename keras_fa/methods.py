@@ -1,11 +1,12 @@
-"""The rows of the paper's table and a control of ours, as values.
+"""The rows of the paper's table and two controls of ours, as values.
 
 `METHODS` maps the name of a row to a `Method`: how feedback starts, the rule
 that makes B of it, what constrains the forward kernel, which callbacks it
 brings, and how errors are wired. `keras_fa.convert` reads it.
 
-"bp_ei" is not in the paper: backpropagation under the fixed signs of the E/I
-rows tells what the signs cost by themselves.
+Two are not in the paper. "bp_ei", backpropagation under the fixed signs of the
+E/I rows, tells what the signs cost by themselves; "fa_usf_sn_ei", E/I with the
+magnitudes of SN, what the random magnitudes do.
 
 ```python
 from keras_fa.methods import METHODS
@@ -195,6 +196,14 @@ METHODS: dict[str, Method] = {
             definition="B = W, each weight keeps the sign of W_0",
             standing="our control",
             feedback_constraint=TiedKernel(),
+            kernel_constraint=FixedSign(),
+        ),
+        Method(
+            name="fa_usf_sn_ei",
+            title="FA-uSF SN E/I",
+            definition="as FA-uSF SN, each weight keeps the sign of W_0",
+            standing="our control",
+            feedback_constraint=SignConcordance(strict=True),
             kernel_constraint=FixedSign(),
         ),
     )

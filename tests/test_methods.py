@@ -27,6 +27,7 @@ ROWS = {
     "fa_usf_const": "FA-uSF Const.",
     "fa_usf_const_ei": "FA-uSF Const. E/I",
     "bp_ei": "BP E/I",
+    "fa_usf_sn_ei": "FA-uSF SN E/I",
 }
 OURS = {
     "bp_noise",
