@@ -12,6 +12,7 @@ from keras_fa import initializers
 from keras_fa import layers
 from keras_fa import methods
 from keras_fa import regularizers
+from keras_fa._summary import summary
 from keras_fa.conversion import convert
 from keras_fa.conversion import load_stock_weights
 from keras_fa.conversion import refresh
@@ -32,5 +33,6 @@ __all__ = [
     "methods",
     "refresh",
     "regularizers",
+    "summary",
     "to_backprop",
 ]

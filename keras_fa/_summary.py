@@ -1,0 +1,91 @@
+"""What a model's feedback is made of, as a table."""
+
+import math
+from collections.abc import Callable
+
+import keras
+import numpy as np
+
+from keras_fa import constraints
+from keras_fa.layers.direct import SendError
+from keras_fa.layers.feedback import FeedbackLayer
+from keras_fa.layers.feedback import all_layers
+
+_HEADS = ("layer", "class", "feedback", "stored", "bytes")
+
+
+def summary(
+    model: keras.layers.Layer, print_fn: Callable[[str], object] = print
+) -> None:
+    """Prints how errors go down through a model.
+
+    A row is a kernel of an FA layer, with its rule and the constraints of its
+    forward kernel, or a fixed random map of DFA or DenseFA. `stored` is the
+    shape of the feedback kernel or map that is kept as a weight, if there is
+    one.
+
+    Args:
+        model: A built model or layer.
+        print_fn: Function of a line. Default: `print`.
+
+    Example:
+
+    ```python
+    import keras
+    from keras_fa import convert, summary
+
+    stock = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    lines = []
+    summary(convert(stock, "fa_usf_init_ei"), lines.append)
+    assert "SignConcordance, FixedSign" in lines[1]
+    assert lines[-1] == "Feedback: 32 bytes."
+    ```
+    """
+    rows, total = [], 0
+    for layer in all_layers(model):
+        for label, how, stored in _feedback_of(layer):
+            size = 0
+            if stored is not None:
+                item = np.dtype(stored.dtype).itemsize
+                size = math.prod(stored.shape) * item
+            total += size
+            shape = "-" if stored is None else str(tuple(stored.shape))
+            rows.append((label, type(layer).__name__, how, shape, f"{size:,}"))
+    widths = [max(map(len, cells)) for cells in zip(_HEADS, *rows)]
+    for row in (_HEADS, *rows):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths))
+        print_fn("  ".join(cells).rstrip())
+    print_fn(f"Feedback: {total:,} bytes.")
+
+
+def _feedback_of(
+    layer: keras.layers.Layer,
+) -> list[tuple[str, str, keras.Variable | None]]:
+    """Label, rule in words and stored weight of each way down of a layer."""
+    if isinstance(layer, SendError) and layer.built:
+        return [
+            (layer.name, f"{layer.feedback_maps} map to {name}", stored)
+            for name, stored in layer.stored_feedback().items()
+        ]
+    if not isinstance(layer, FeedbackLayer) or not layer.built:
+        return []
+    several = len(layer.kernel_names) > 1
+    return [
+        (
+            f"{layer.name}/{path.kernel.name}" if several else layer.name,
+            ", ".join(
+                [_in_words(path.rule), *map(_name, path.fixed.constraints)]
+            ),
+            path.feedback_kernel,
+        )
+        for path in layer.feedback_paths
+    ]
+
+
+def _in_words(rule: constraints.FeedbackConstraint) -> str:
+    given = [f"{k}={v}" for k, v in rule.get_config().items() if v]
+    return f"{_name(rule)}({', '.join(given)})" if given else _name(rule)
+
+
+def _name(constraint: object) -> str:
+    return type(constraint).__name__
