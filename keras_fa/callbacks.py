@@ -89,19 +89,20 @@ def _make_strict(model: keras.layers.Layer) -> list[SignConcordance]:
     loose = []
     for layer in feedback_layers(model):
         if layer.built:
-            loose += [path.rule for path in layer.feedback_paths]
+            loose += layer.feedback_paths
         elif isinstance(layer.feedback_constraint, SignConcordance):
             # Keras builds some models at their first batch. Such a layer is
             # strict for good: there are no magnitudes to come back to.
             layer.feedback_constraint.strict = True
     loose = [
-        rule
-        for rule in loose
-        if isinstance(rule, SignConcordance) and not rule.strict
+        path
+        for path in loose
+        if isinstance(path.rule, SignConcordance) and not path.rule.strict
     ]
-    for rule in loose:
-        rule.strict = True
-    return loose
+    for path in loose:
+        path.rule.strict = True
+        path.warn_if_equal()
+    return [path.rule for path in loose]
 
 
 def _recompile(model: keras.layers.Layer, changed: list) -> None:
@@ -143,8 +144,13 @@ class AlignmentMonitor(keras.callbacks.Callback):
         every: Positive integer: epochs between two measurements. Default 1.
         loss: The loss function of the gradients. Default `None`: the one that
             the model was compiled with.
+        in_logs: Whether the measures join the logs of an epoch, which the
+            callbacks after this one, `History` and the progress bar see.
+            Default `False`.
 
     Attributes:
+        start: The measures at the beginning of the last `fit`: a dict of
+            column to float. A curve of `history` begins with it.
         columns: The names of all measures, `"alignment/<measure>/<layer>"`,
             known once training has begun.
         history: A dict of epoch (from 0, as Keras counts) to the measures
@@ -170,6 +176,13 @@ class AlignmentMonitor(keras.callbacks.Callback):
     monitor = AlignmentMonitor(probe=(x, y))
     model.fit(x, y, callbacks=[monitor], verbose=0)
     assert 0 < monitor.history[0]["alignment/angle/fc"] < 180
+
+    # Training ends once the angle no longer falls.
+    angle = "alignment/angle/fc"
+    stop = keras.callbacks.EarlyStopping(angle, patience=2, mode="min")
+    monitor = AlignmentMonitor(probe=(x, y), in_logs=True)
+    history = model.fit(x, y, epochs=3, callbacks=[monitor, stop], verbose=0)
+    assert history.history[angle][0] == monitor.history[0][angle]
     ```
     """
 
@@ -179,6 +192,7 @@ class AlignmentMonitor(keras.callbacks.Callback):
         log_dir: str | PathLike | None = None,
         every: int = 1,
         loss: str | Callable | None = None,
+        in_logs: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(every, int) or every < 1:
@@ -200,7 +214,9 @@ class AlignmentMonitor(keras.callbacks.Callback):
         self.log_dir = log_dir
         self.every = every
         self.loss = loss
+        self.in_logs = in_logs
         self.columns = []
+        self.start = {}
         self.history = {}
         self._writer = None
 
@@ -208,7 +224,8 @@ class AlignmentMonitor(keras.callbacks.Callback):
         if not self.model.built:
             self.model(self.probe[0])
         self._measure = alignment_function(self.model, self.loss)
-        self.columns = list(_flat(self._measure(*self.probe)))
+        self.start = _flat(self._measure(*self.probe))
+        self.columns = list(self.start)
         if self.log_dir is not None and self._writer is None:
             import tensorflow as tf
 
@@ -226,6 +243,8 @@ class AlignmentMonitor(keras.callbacks.Callback):
             return
         measures = _flat(self._measure(*self.probe))
         self.history[epoch] = measures
+        if self.in_logs and logs is not None:
+            logs.update(measures)
         if self._writer is not None:
             self._write(epoch, measures)
 

@@ -495,7 +495,7 @@ def _say_bytes(
             f"{fitting}a smaller model, or a method without such maps, for "
             "example 'fa_usf_sn'."
         )
-    logging.getLogger("keras_fa").warning("%s.", words)
+    logging.getLogger("keras_fa").info("%s.", words)
 
 
 def _in_words(size: int) -> str:

@@ -396,6 +396,24 @@ def test_no_events_unless_asked(
     assert not list(tmp_path.rglob("*"))
 
 
+def test_other_callbacks_see_the_measures_where_they_are_to() -> None:
+    model = convert(network(), "fa")
+    model.compile("sgd", "mse")
+    monitor = AlignmentMonitor((X, Y), every=2, in_logs=True)
+    history = model.fit(X, Y, epochs=4, verbose=0, callbacks=[monitor]).history
+    for name, values in history.items():
+        if name != "loss":
+            assert values == [
+                monitor.history[1][name],
+                monitor.history[3][name],
+            ]
+    assert set(history) == {"loss", *monitor.columns}
+    assert set(monitor.start) == set(monitor.columns)
+    assert monitor.start != monitor.history[1]
+    silent = model.fit(X, Y, verbose=0, callbacks=[AlignmentMonitor((X, Y))])
+    assert set(silent.history) == {"loss"}
+
+
 @requires_tensorflow
 def test_two_fits_in_a_row(tmp_path: Path) -> None:
     model = convert(network(), "fa")

@@ -1,5 +1,6 @@
 """Rules for feedback, fixed signs and constant norms."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -7,12 +8,14 @@ import keras
 import numpy as np
 import pytest
 import references
+from backends import vjp
 from references import BASE_KINDS
 from references import KINDS
 
 import keras_fa
 from keras_fa import FADense
 from keras_fa import constraints
+from keras_fa.callbacks import StrictNormalization
 from keras_fa.constraints import Chain
 from keras_fa.constraints import ConstantNorm
 from keras_fa.constraints import FeedbackConstraint
@@ -828,3 +831,23 @@ def test_units_at_zero_keep_their_sign_in_half_precision(dtype: str) -> None:
     layer.refresh()
     after = references.array(layer.kernel.constraint.state["excitatory"])
     np.testing.assert_array_equal(after, before)
+
+
+def test_units_of_one_sign_and_feedback_of_one_magnitude_are_told() -> None:
+    """Below a softmax such a layer sends no error at all."""
+    strict = SignConcordance(strict=True)
+    loose = SignConcordance()
+    unit, synapse = FixedSign(per="unit", seed=1), FixedSign()
+    with pytest.warns(UserWarning, match="keep the readout free"):
+        readout = dense(kernel_constraint=unit, feedback_constraint=strict)
+    e = references.normal((4, 3), 2)
+    e -= e.mean(-1, keepdims=True)  # as softmax's errors
+    _, (dx,), _ = vjp(readout, readout, [references.normal((4, 5), 1)], e)
+    np.testing.assert_allclose(references.array(dx), 0, atol=1e-5)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dense(kernel_constraint=synapse, feedback_constraint=strict)
+        layer = dense(kernel_constraint=unit, feedback_constraint=loose)
+    with pytest.warns(UserWarning, match="keep the readout free"):
+        StrictNormalization().apply(layer)

@@ -750,8 +750,8 @@ def test_bytes_are_logged_before_allocation(
 ) -> None:
     start = keras.Input((8, 8, 3))
     stock = keras.Model(start, _preactivation(start))
-    with caplog.at_level(logging.INFO, "keras_fa"):
-        model = convert(stock, method, feedback_maps=form)
+    caplog.set_level(logging.INFO, "keras_fa")
+    model = convert(stock, method, feedback_maps=form)
     (record,) = (r for r in caplog.records if r.name == "keras_fa")
     match = re.search(r"(\d+) fixed.*need ([\d,]+) bytes", record.getMessage())
     found = _all_maps(model)
@@ -818,6 +818,7 @@ def test_bytes_are_of_the_dtype_of_the_maps(
 ) -> None:
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("bfloat16")
+    caplog.set_level(logging.INFO, "keras_fa")
     try:
         model = convert(mlp(), "dfa")
     finally:

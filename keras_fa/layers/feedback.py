@@ -171,6 +171,26 @@ class FeedbackPath:
         with _gradients.isolated(self.variables.values()):
             return self.effective(ops.convert_to_tensor(self.kernel))
 
+    def warn_if_equal(self) -> None:
+        """Warns where one error goes to all inputs, up to its sign."""
+        units = any(
+            isinstance(part, constraints.FixedSign) and part.per == "unit"
+            for part in self.fixed.constraints
+        )
+        strict = isinstance(self.rule, constraints.SignConcordance) and (
+            self.rule.strict
+        )
+        if units and strict and len(self.kernel.shape) > 1:
+            warnings.warn(
+                f"'{self.kernel.path}' has FixedSign(per='unit') and feedback "
+                "of one magnitude: all of its inputs receive the sum of the "
+                "errors above, up to their sign. Below a softmax that is 0, "
+                "and nothing learns. Use a rule with magnitudes that differ, "
+                "feedback_constraint='sign_concordance', and keep the readout "
+                "free.",
+                stacklevel=5,
+            )
+
     def warn_if_stale(self) -> None:
         """Warns where a step's constants are those of another kernel."""
         if not _gradients.backend.holds(self.kernel, self.fixed.holds):
@@ -322,6 +342,7 @@ class FeedbackLayer:
                 # tf.train.Checkpoint in no other way.
                 for key, value in path.attributes.items():
                     setattr(self, f"_{name}_{key}", value)
+                path.warn_if_equal()
         except Exception:
             self.built = False  # no half-built layer is left behind
             raise
