@@ -5,15 +5,19 @@ from pathlib import Path
 from setuptools import find_packages
 from setuptools import setup
 
+JAX = ["jax>=0.10.2"]
+TENSORFLOW = ["tensorflow>=2.21"]
 TRAIN = [
+    *TENSORFLOW,
     "absl-py>=2.3",
+    "filelock>=3.20",
     "importlib_resources>=6.5",  # tensorflow-datasets imports it undeclared
     "matplotlib>=3.10",
     "scikit-learn>=1.7",
+    "tabulate>=0.9",
     "tensorboard>=2.21",  # tensorflow 2.21 no longer brings it
     "tensorflow-datasets>=4.9.10",
 ]
-JAX = ["jax>=0.10.2"]
 TEST = [*TRAIN, *JAX, "pytest>=8", "pytest-xdist>=3.8", "ruff>=0.14"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=1.0"]
 
@@ -24,8 +28,23 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    keywords="feedback alignment, keras, credit assignment, neuroscience",
     packages=find_packages(include=["keras_fa", "keras_fa.*"]),
+    package_data={"keras_fa": ["py.typed"]},
     python_requires=">=3.11",
-    install_requires=["keras>=3.15", "numpy", "tensorflow>=2.21"],
-    extras_require={"jax": JAX, "train": TRAIN, "test": TEST, "docs": DOCS},
+    install_requires=["keras>=3.15", "numpy"],
+    extras_require={
+        "tensorflow": TENSORFLOW,
+        "jax": JAX,
+        "train": TRAIN,
+        "test": TEST,
+        "docs": DOCS,
+    },
 )

@@ -21,6 +21,19 @@ import keras
 import pytest
 from backends import ON_TENSORFLOW
 
+# What depends on no backend, and is tested on TensorFlow.
+collect_ignore = (
+    []
+    if ON_TENSORFLOW
+    else [
+        "test_benchmark.py",
+        "test_networks.py",
+        "test_report.py",
+        "test_reproduce.py",
+        "test_settings.py",
+    ]
+)
+
 
 def pytest_configure() -> None:
     if not ON_TENSORFLOW:

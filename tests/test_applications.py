@@ -32,14 +32,10 @@ BUILDERS: dict[str, Callable] = {
 KINDS = (layers.Conv2D, layers.Dense, layers.DepthwiseConv2D)
 CASES = [
     ("VGG16", "dfa"),
+    pytest.param("MobileNetV2", "fa_usf_const_ei", marks=long_on_jax),
     *(
-        pytest.param(name, method, marks=long_on_jax)
-        for name, method in (
-            ("ResNet50", "fa_usf_sn"),
-            ("MobileNetV2", "fa_usf_const_ei"),
-            ("DenseNet121", "fa_usf_sn"),
-            ("EfficientNetV2B0", "fa_usf_sn"),
-        )
+        pytest.param(name, "fa_usf_sn", marks=[long_on_jax, pytest.mark.slow])
+        for name in ("ResNet50", "DenseNet121", "EfficientNetV2B0")
     ),
 ]
 
@@ -106,6 +102,7 @@ def test_application(name: str, method: str, tmp_path: Path) -> None:
     assert np.array_equal(loaded(X), model(X))
 
 
+@pytest.mark.slow
 @long_on_jax
 def test_weights_in_the_layout_of_the_applications(tmp_path: Path) -> None:
     """The old `.h5` layout, in which they are to be had."""
@@ -124,6 +121,7 @@ def test_weights_in_the_layout_of_the_applications(tmp_path: Path) -> None:
         assert all(map(np.array_equal, ours, layer.weights)), layer.name
 
 
+@pytest.mark.slow
 @long_on_jax
 def test_fine_tuning_of_a_frozen_application() -> None:
     """Its head first, then all of it, as in stock Keras."""

@@ -7,17 +7,22 @@ from typing import Any
 
 import benchmark
 import keras
-import models
-import peers
 import pytest
 from backends import ON_TENSORFLOW
 from backends import requires_tensorflow
-from errors import UserError
 
 import keras_fa
+from experiment import networks
+from experiment.errors import UserError
+from experiment.timing import biotorch
+from experiment.timing import measure
+from experiment.timing import memory
+from experiment.timing import options
+from experiment.timing import report as timings
+from experiment.timing import trainees
 from keras_fa.methods import METHODS
 
-DIGITS = models.build("digits", 10)
+DIGITS = networks.build("digits", 10)
 KERNELS = [layer.kernel for layer in DIGITS.layers if hasattr(layer, "kernel")]
 WEIGHTS = sum(math.prod(kernel.shape) for kernel in KERNELS)
 STORED = {
@@ -31,6 +36,7 @@ STORED = {
     "fa_usf_const_ei": WEIGHTS + 4 * len(KERNELS),
     "bp_alignment": 4 * WEIGHTS,
     "bp_ei": WEIGHTS,
+    "fa_usf_sn_ei": WEIGHTS,
     "dfa": 4 * 10 * (8 * 8 * 32 + 8 * 8 * 64 + 128),
 }
 TINY = "--networks=digits --batch_size=4 --rounds=3 --steps=2".split()
@@ -78,13 +84,13 @@ def test_every_time_is_kept(written: tuple[dict, str]) -> None:
     for result in results["results"]:
         rows = {row["name"]: row for row in result["rows"]}
         assert list(rows) == ["stock", "fa", "fa_usf_sn", "dfa"] + [
-            benchmark.MONITOR
+            options.MONITOR
         ]
         for row in rows.values():
             assert len(row["seconds_per_step"]) == 3
             assert min(row["seconds_per_step"]) > 0
             assert row["ratio"]["n"] == 3
-            if row["name"] != benchmark.MONITOR:
+            if row["name"] != options.MONITOR:
                 assert len(row["seconds_per_prediction"]) == 3
                 assert min(row["seconds_per_prediction"]) > 0
         assert rows["stock"]["ratio"]["median"] == 1
@@ -120,15 +126,20 @@ def test_models_take_turns(written: tuple[dict, str]) -> None:
 def test_table(written: tuple[dict, str]) -> None:
     results, text = written
     for result in results["results"]:
-        table = benchmark.table(result)
+        table = timings.table(result)
         assert table in text
         heading, _, head, rule, *rows = table.strip().splitlines()
         assert heading == f"## digits, {result['dtype_policy']}"
-        assert head == (
-            "| method | ms/step | ratio (quartiles) | images/s | "
-            "predict, ratio (quartiles) | feedback bytes | peak memory | "
-            "share of peak |"
-        )
+        assert [name.strip() for name in head.strip("|").split("|")] == [
+            "method",
+            "ms/step",
+            "ratio (quartiles)",
+            "images/s",
+            "predict, ratio (quartiles)",
+            "feedback bytes",
+            "peak memory",
+            "share of peak",
+        ]
         widths = {line.count("|") for line in (head, rule, *rows)}
         assert widths == {9}
         for line, row in zip(rows, result["rows"]):
@@ -138,7 +149,7 @@ def test_table(written: tuple[dict, str]) -> None:
 
 
 def test_the_ratio_is_that_of_the_same_round() -> None:
-    ratio = benchmark.spread([2.0, 30.0, 8.0], [1.0, 10.0, 2.0])
+    ratio = measure.spread([2.0, 30.0, 8.0], [1.0, 10.0, 2.0])
     assert ratio == {
         "median": 3.0,
         "first_quartile": 2.5,
@@ -150,7 +161,7 @@ def test_the_ratio_is_that_of_the_same_round() -> None:
 @pytest.mark.parametrize("method", STORED)
 def test_feedback_bytes_are_exact(method: str) -> None:
     converted = keras_fa.convert(DIGITS, method)
-    extra = benchmark.bytes_of(converted) - benchmark.bytes_of(DIGITS)
+    extra = memory.bytes_of(converted) - memory.bytes_of(DIGITS)
     assert extra == STORED[method]
 
 
@@ -159,45 +170,46 @@ def test_operations_by_hand() -> None:
     others = 8 * 8 * (3 * 3 * 32 * 64) + 4 * 4 * 64 * 128 + 128 * 10
     # Forward, kernels and inputs; no input of the first layer.
     wanted = 2 * 16 * (2 * first + 3 * others)
-    assert benchmark.operations_of(DIGITS, 16) == wanted
+    assert memory.operations_of(DIGITS, 16) == wanted
 
 
 def test_networks_there_are() -> None:
     assert {"digits", "cifar10_1", "cifar10_2", "resnet50"} <= set(
-        benchmark.NETWORKS
+        trainees.NETWORKS
     )
 
 
 def test_a_policy_is_set_and_taken_back() -> None:
-    model = benchmark.build("digits", "mixed_bfloat16")
+    model = trainees.build("digits", "mixed_bfloat16")
     assert model.get_layer("conv1").compute_dtype == "bfloat16"
     assert keras.config.dtype_policy().name == "float32"
 
 
 def test_a_block_trains_and_is_timed() -> None:
-    model = benchmark.build("digits", "float32")
-    benchmark.compile_alike(model, 2)
-    batch = benchmark.random_batch(model, 4)
+    model = trainees.build("digits", "float32")
+    trainees.compile_alike(model, 2)
+    batch = trainees.random_batch(model, 4)
     before = int(model.optimizer.iterations)
-    trainee = benchmark.Trainee(model, [], batch, steps=6)
+    trainee = trainees.Trainee(model, [], batch, steps=6)
     assert trainee.block() > 0
     assert int(model.optimizer.iterations) == before + 2 + 6
 
 
 def test_form_of_the_maps() -> None:
-    stock = benchmark.build("digits", "float32")
+    stock = trainees.build("digits", "float32")
     sizes = {
-        maps: benchmark.bytes_of(benchmark.converted(stock, "dense_fa", maps))
+        maps: memory.bytes_of(trainees.converted(stock, "dense_fa", maps))
         for maps in ("dense", "convolutional")
     }
     assert 0 < sizes["convolutional"] < sizes["dense"]
-    chained = benchmark.converted(stock, "fa", "convolutional")
-    assert benchmark.bytes_of(chained) > benchmark.bytes_of(stock)
+    chained = trainees.converted(stock, "fa", "convolutional")
+    assert memory.bytes_of(chained) > memory.bytes_of(stock)
 
 
+@pytest.mark.slow
 def test_peak_of_memory() -> None:
     small, large = (
-        benchmark.peak_in_new_process(
+        memory.peak_in_new_process(
             "digits", "float32", "fa_usf_sn", "dense", n, 1
         )
         for n in (4, 4096)
@@ -232,7 +244,7 @@ def test_a_method_that_does_not_fit_is_left_out(
     assert line in (tmp_path / "b.md").read_text()
     (result,) = json.loads((tmp_path / "b.json").read_text())["results"]
     names = [row["name"] for row in result["rows"]]
-    assert names == ["stock", "bp", benchmark.MONITOR]
+    assert names == ["stock", "bp", options.MONITOR]
 
 
 @pytest.mark.parametrize(
@@ -271,7 +283,7 @@ def test_help_lists_the_flags(capsys: Any) -> None:
     assert run("--helpfull") == 0
     output = capsys.readouterr().out
     assert "--peak_tflops" in output
-    assert "How time is measured" in output
+    assert "experiment/timing says how" in output
 
 
 # BioTorch.
@@ -281,7 +293,7 @@ def test_a_peer_that_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any
 ) -> None:
     monkeypatch.setattr(
-        peers.importlib.util,
+        biotorch.importlib.util,
         "find_spec",
         lambda name: None if name == "biotorch" else object(),
     )
@@ -290,13 +302,13 @@ def test_a_peer_that_is_not_installed(
     assert status == 1
     assert errors == (
         "benchmark.py: --peer=biotorch: biotorch is not installed. Use "
-        f"{peers.INSTALL}, or leave --peer out.\n"
+        f"{biotorch.INSTALL}, or leave --peer out.\n"
     )
     assert not list(tmp_path.iterdir())
 
 
 def test_the_peer_gets_the_same_layers() -> None:
-    layers = peers.chain(models.build("cifar10_2", 10))
+    layers = biotorch.chain(networks.build("cifar10_2", 10))
     convolutions = [layer for layer in layers if layer["kind"] == "Conv2D"]
     assert [layer["outputs"] for layer in convolutions] == [
         *[96] * 3,
@@ -312,13 +324,13 @@ def test_the_peer_takes_chains_only() -> None:
     x = keras.Input((4,))
     y = keras.layers.Add()([x, keras.layers.Dense(4)(x)])
     with pytest.raises(UserError, match=r"'add.*\(Add\)"):
-        peers.chain(keras.Model(x, y))
+        biotorch.chain(keras.Model(x, y))
 
 
-@pytest.mark.parametrize("mode", peers.MODES.values())
+@pytest.mark.parametrize("mode", biotorch.MODES.values())
 def test_the_peer_trains(mode: str) -> None:
     pytest.importorskip("biotorch")
-    with peers.BioTorch(DIGITS, mode, batch_size=2, steps=1) as peer:
+    with biotorch.BioTorch(DIGITS, mode, batch_size=2, steps=1) as peer:
         assert peer.block() > 0
 
 
@@ -327,6 +339,7 @@ def test_all_methods_have_known_bytes() -> None:
     assert set(METHODS) - set(STORED) == {"bp_noise", "dense_fa"}
 
 
+@pytest.mark.slow
 @requires_tensorflow
 def test_input_of_imagenet(tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("tensorflow_datasets")
@@ -347,15 +360,16 @@ def test_input_of_imagenet(tmp_path: Path, capsys: Any) -> None:
         assert row["images_per_second"] == per_second
         assert row["images_per_second_and_core"] == per_second / cores
     assert ours["ours_is_faster_by"]["median"] == 1
-    assert whole["ours_is_faster_by"] == benchmark.spread(
+    assert whole["ours_is_faster_by"] == measure.spread(
         whole["seconds_per_step"], ours["seconds_per_step"]
     )
-    table = benchmark.input_table(results["input"])
+    table = timings.input_table(results["input"])
     assert table in capsys.readouterr().out
     assert table in out.with_suffix(".md").read_text()
     assert "6 photos of ImageNet to 224x224" in table
 
 
+@pytest.mark.slow
 @requires_tensorflow
 def test_profile_tells_where_the_time_goes(tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "digits"

@@ -2,7 +2,6 @@
 
 import io
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import keras
 import matplotlib.image
 import numpy as np
 import pytest
-import screenshot
 from keras import layers
 
 from keras_fa import convert
@@ -21,10 +19,11 @@ accumulator = pytest.importorskip(
     "tensorboard.backend.event_processing.event_accumulator"
 )
 
-import board  # noqa: E402
 from tensorboard.plugins.custom_scalar import layout_pb2  # noqa: E402
 from tensorboard.plugins.hparams import api_pb2  # noqa: E402
 from tensorboard.plugins.hparams import plugin_data_pb2  # noqa: E402
+
+from experiment import board  # noqa: E402
 
 SETTINGS = {"method": "fa", "seed": 3, "learning_rate": 0.5, "dropout": None}
 RNG = np.random.default_rng(0)
@@ -254,70 +253,3 @@ def test_the_grid_of_filters() -> None:
     colours[0, 0, :, 0] = 1, -1, 0
     middle = board.grid(colours)[200, 200]
     assert np.array_equal(middle, [1.0, 0.0, 0.5])
-
-
-# screenshot.py ---------------------------------------------------------------
-
-
-@pytest.fixture
-def shoot(capfd: pytest.CaptureFixture) -> Any:
-    """Runs the program in this process; returns status, output, errors."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        status = screenshot.run(["screenshot.py", *arguments])
-        return status, *capfd.readouterr()
-
-    return run
-
-
-def test_bad_input(shoot: Any, tmp_path: Path) -> None:
-    out, folder = f"--out={tmp_path / 'a.png'}", tmp_path / "run"
-    fit(model_of("fa"), board.Board(folder, SETTINGS), epochs=1)
-    for arguments, words in [
-        ([out], "--logdir and --out"),
-        ([out, f"--logdir={tmp_path / 'none'}"], "no TensorBoard files"),
-        ([f"--out={tmp_path / 'a.jpg'}", f"--logdir={folder}"], "in .png"),
-        (
-            [f"--out={tmp_path / 'none' / 'a.png'}", f"--logdir={folder}"],
-            "folder that exists",
-        ),
-        ([out, f"--logdir={folder}", "--browser=netscape"], "no such program"),
-        ([out, f"--logdir={folder}", "--page=news"], "--page"),
-    ]:
-        status, output, errors = shoot(*arguments)
-        assert status in (1, 2)
-        assert not output
-        assert words in errors
-        assert errors.count("\n") == 1
-    assert {file.name for file in tmp_path.iterdir()} == {"run"}
-
-
-def test_no_browser(
-    shoot: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    board.finish(tmp_path, {"test_error": 1.0, "epochs": 1})
-    monkeypatch.setenv("PATH", str(tmp_path))
-    status, _, errors = shoot(
-        f"--logdir={tmp_path}", f"--out={tmp_path / 'a.png'}"
-    )
-    assert status == 1
-    assert "none of chromium, " in errors
-    assert "--browser" in errors
-
-
-@pytest.mark.skipif(
-    not any(map(shutil.which, screenshot.BROWSERS)),
-    reason="no Chromium or Chrome is installed",
-)
-def test_a_picture(shoot: Any, tmp_path: Path) -> None:
-    fit(model_of("fa"), AlignmentMonitor((X, Y), tmp_path / "run"), epochs=1)
-    out = tmp_path / "a.png"
-    status, output, errors = shoot(f"--logdir={tmp_path}", f"--out={out}")
-    assert (status, errors) == (0, "")
-    assert output == f"{out}\n"
-    image = matplotlib.image.imread(out)[..., :3]
-    assert image.shape[1] == screenshot.PAGES["custom_scalars"].width
-    # Lines of the charts: a colour among greys, to the right of the settings.
-    page = image[100:, 350:]
-    assert (np.ptp(page, axis=-1) > 0.5).sum() > 200
-    assert not list(tmp_path.glob("aside*"))

@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from errors import UserError
+
+from experiment.errors import UserError
 
 tf = pytest.importorskip("tensorflow")
 tfds = pytest.importorskip("tensorflow_datasets")
 
 # isort: split
 import photo_folder  # noqa: E402
-import photos  # noqa: E402
-from photos import Photos  # noqa: E402
-from strategies import Share  # noqa: E402
+
+from experiment.datasets import photos  # noqa: E402
+from experiment.datasets.photos import Photos  # noqa: E402
+from experiment.devices.one import Share  # noqa: E402
 
 SIZE = 8
 TRAINING, VALIDATION = 25, 10

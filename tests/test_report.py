@@ -6,11 +6,13 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import matplotlib.image
-import published
 import pytest
 import report
-import startup
 
+from experiment import startup
+from experiment.table import cells
+from experiment.table import published
+from experiment.table import report as making
 from keras_fa.methods import METHODS
 
 CIFAR10 = {"dataset": "cifar10", "model": "cifar10_1"}
@@ -74,7 +76,7 @@ def made(tmp_path, capsys):
 
 @pytest.fixture
 def _without_figures(monkeypatch):
-    monkeypatch.setattr(report, "draw", lambda found, folder: [])
+    monkeypatch.setattr(making, "draw", lambda found, folder: [])
 
 
 def rows(output: str) -> list[list[str]]:
@@ -181,7 +183,8 @@ def test_recipes(tmp_path, made):
     write_cell(tmp_path, [3.0], method="fa", learning_rate=0.1)
     _, output, _ = made()
     assert [line for line in output.splitlines() if line.startswith("- ")] == [
-        "- all of ours: optimizer adam",
+        "- all of ours: batch_size 32, optimizer adam, warmup_epochs 0.0, "
+        "weight_decay 0.0",
         "- BP, FA-uSF SN: learning_rate 0.001",
         "- FA: learning_rate 0.1",
     ]
@@ -418,7 +421,7 @@ def test_seeds_without_alignment_leave_gaps_alone(tmp_path, made):
         write_run(
             tmp_path / str(seed), seed=seed, method="fa", alignment=seed == 0
         )
-    found, _ = report.cells.collect(tmp_path)
+    found, _ = cells.collect(tmp_path)
     cell = found["digits", "digits"]["fa"]
     assert cell.layers("gradient_angle") == list(LAYERS)
     assert cell.curves("alignment/angle/conv1") == {1: [90.0], 3: [30.0]}

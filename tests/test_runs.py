@@ -1,6 +1,7 @@
 """Runs that are stopped, killed or damaged, and what becomes of them."""
 
 import csv
+import itertools
 import json
 import os
 import random
@@ -14,17 +15,23 @@ import zipfile
 import zlib
 from pathlib import Path
 
-import commandline
-import files
 import keras
 import main
 import numpy as np
 import pytest
-import runs
 from backends import requires_tensorflow
-from errors import Diverged
-from errors import Stopped
-from errors import UserError
+
+from experiment import commandline
+from experiment import files
+from experiment import model as models
+from experiment import settings
+from experiment.errors import Diverged
+from experiment.errors import Stopped
+from experiment.errors import UserError
+from experiment.runfolder import checkpoint
+from experiment.runfolder import writer
+from experiment.runfolder.progress import Partial
+from experiment.runfolder.progress import Progress
 
 NAME = "digits-digits-fa_usf_sn-s0"
 # Ten steps an epoch, with random state.
@@ -67,21 +74,21 @@ def assert_same(folder, other):
         )
 
 
-def settings(*arguments):
-    commandline.parse(main.FLAGS, ["main.py", *COMMON, *arguments])
-    return vars(main.settings())
+def config_of(*arguments):
+    commandline.parse(settings.FLAGS, ["main.py", *COMMON, *arguments])
+    return vars(settings.given())
 
 
-def terminate_at(monkeypatch, event, epoch, index=None):
-    """Sends this process SIGTERM at an event of the training."""
-    unpatched = getattr(runs.RunWriter, event)
+def terminate_at(monkeypatch, event, epoch, index=None, by=signal.SIGTERM):
+    """Sends this process a signal at an event of the training."""
+    unpatched = getattr(writer.RunWriter, event)
 
     def terminated(self, *arguments, **logs):
         if self.progress.epoch + 1 == epoch and index in (None, *arguments):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), by)
         unpatched(self, *arguments, **logs)
 
-    monkeypatch.setattr(runs.RunWriter, event, terminated)
+    monkeypatch.setattr(writer.RunWriter, event, terminated)
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +149,11 @@ def test_terminated_run_goes_on(whole, tmp_path, monkeypatch, capfd):
         ("on_train_batch_end", 2, 9, "in epoch 2, after step 10"),
         ("on_epoch_end", 3, 2, "stopped; go on"),
     ]
+    # By a batch system and by Ctrl-C.
+    by = itertools.cycle([signal.SIGTERM, signal.SIGINT])
     for event, epoch, index, place in moments:
         with monkeypatch.context() as patch:
-            terminate_at(patch, event, epoch, index)
+            terminate_at(patch, event, epoch, index, next(by))
             assert begin(tmp_path, "--resume") == 0
         output, errors = capfd.readouterr()
         last = output.strip().splitlines()[-1]
@@ -177,13 +186,13 @@ def test_steps_of_one_execution_are_one(tmp_path, monkeypatch, capfd):
 
 
 def test_terminated_before_training(tmp_path, monkeypatch, capfd):
-    build = main.build
+    build = models.build
 
     def terminated(config):
         os.kill(os.getpid(), signal.SIGTERM)
         return build(config)
 
-    monkeypatch.setattr(main, "build", terminated)
+    monkeypatch.setattr(models, "build", terminated)
     assert begin(tmp_path) == 0
     output, errors = capfd.readouterr()
     assert output == f"{tmp_path / NAME}: stopped; go on with --resume.\n"
@@ -255,6 +264,7 @@ def wait_for_a_checkpoint(folder):
     wait_for(lambda: checkpoint_of(folder) not in (None, last))
 
 
+@pytest.mark.slow
 @requires_tensorflow
 def test_killed_at_20_moments(launch, tmp_path):
     """In training or at a checkpoint, in validation or while starting."""
@@ -283,9 +293,7 @@ def test_killed_at_20_moments(launch, tmp_path):
     wait_for_a_checkpoint(killed)
     time.sleep(moments.uniform(0, 0.5))
     os.kill(pid, signal.SIGTERM)
-    asked = time.monotonic()
     assert status() == 0
-    assert time.monotonic() - asked < 5
     assert not (killed / "result.json").exists()
 
     assert launch(*run, f"--runs_dir={killed.parent}", "--resume")[1]() == 0
@@ -293,7 +301,9 @@ def test_killed_at_20_moments(launch, tmp_path):
     assert_same(whole, killed)
     assert {path.name for path in killed.iterdir() if path.is_file()} - {
         path.name for path in killed.glob("events*")
-    } == {"history.csv", "model.keras", "model.1.keras", "result.json"}
+    } == {
+        ".lock", "history.csv", "model.keras", "model.1.keras", "result.json"
+    }  # fmt: skip
 
 
 # Damaged.
@@ -321,7 +331,7 @@ def damage(path, how):
 def test_checkpoint_before_a_damaged_one(how, copy, capfd):
     newest = copy / "model.keras"
     damage(newest, how)
-    progress = runs.look(copy, settings(), resume=True)
+    progress = checkpoint.look(copy, config_of(), resume=True)
     assert (progress.epoch, progress.partial.step) == (1, 0)
     assert progress.checkpoint == copy / "model.1.keras"
     said = capfd.readouterr().err
@@ -332,7 +342,7 @@ def test_checkpoint_before_a_damaged_one(how, copy, capfd):
 
     damage(copy / "model.1.keras", "cut")
     with pytest.raises(UserError, match=f"{reason.split()[0]}.* Delete the"):
-        runs.look(copy, settings(), resume=True)
+        checkpoint.look(copy, config_of(), resume=True)
     assert len(list(copy.glob("*.keras"))) == 2 - (how == "missing")
 
 
@@ -374,7 +384,7 @@ def test_damaged_result(whole, tmp_path, capfd):
 def test_checkpoint_of_another_run(argument, was, left):
     before = (left / "model.keras").read_bytes()
     with pytest.raises(UserError, match=was):
-        runs.look(left, settings(argument), resume=True)
+        checkpoint.look(left, config_of(argument), resume=True)
     assert (left / "model.keras").read_bytes() == before
 
 
@@ -390,11 +400,11 @@ def test_checkpoint_of_another_run(argument, was, left):
     ],
 )
 def test_other_data_than_before(setting, value, says, left):
-    progress = runs.look(left, settings(), resume=True)
+    progress = checkpoint.look(left, config_of(), resume=True)
     now = {"training_images": 1293, "workers": 1}
-    runs.check_data(left, progress, now)
+    checkpoint.check_data(left, progress, now)
     with pytest.raises(UserError, match=says):
-        runs.check_data(left, progress, {**now, setting: value})
+        checkpoint.check_data(left, progress, {**now, setting: value})
 
 
 def test_checkpoint_that_is_older_than_a_setting(left, monkeypatch):
@@ -407,11 +417,11 @@ def test_checkpoint_that_is_older_than_a_setting(left, monkeypatch):
             del saved["settings"][name]
         return saved
 
-    monkeypatch.setattr(runs.json, "loads", old)
-    progress = runs.look(left, settings(), resume=True)
+    monkeypatch.setattr(checkpoint.json, "loads", old)
+    progress = checkpoint.look(left, config_of(), resume=True)
     assert progress.epoch == 1
     with pytest.raises(UserError, match="--normalization=none, not batch"):
-        runs.look(left, settings("--normalization=batch"), resume=True)
+        checkpoint.look(left, config_of("--normalization=batch"), resume=True)
 
 
 @pytest.mark.parametrize("error", [EOFError, NotImplementedError, zlib.error])
@@ -424,7 +434,7 @@ def test_whatever_a_damaged_archive_raises(error, copy, monkeypatch, capfd):
         return unpatched(self)
 
     monkeypatch.setattr(zipfile.ZipFile, "testzip", damaged)
-    progress = runs.look(copy, settings(), resume=True)
+    progress = checkpoint.look(copy, config_of(), resume=True)
     assert progress.checkpoint.name == "model.1.keras"
     assert "what zipfile says" in capfd.readouterr().err
 
@@ -485,7 +495,7 @@ def assert_full(folder, errors, place):
     assert errors.count("\n") == 1
     assert not list(folder.glob("aside*"))
     assert not (folder / "result.json").exists()
-    progress = runs.look(folder, settings(), resume=True)
+    progress = checkpoint.look(folder, config_of(), resume=True)
     assert progress.place == place
 
 
@@ -517,7 +527,7 @@ def disk(tmp_path):
 @pytest.mark.parametrize("event", ["on_train_begin", "on_epoch_end"])
 def test_full_disk(event, disk, left, whole, monkeypatch, capfd):
     folder = Path(shutil.copytree(left, disk / NAME))
-    unpatched = getattr(runs.RunWriter, event)
+    unpatched = getattr(writer.RunWriter, event)
 
     def filled(self, *arguments):
         with (disk / "other").open("wb", buffering=0) as file:
@@ -529,7 +539,7 @@ def test_full_disk(event, disk, left, whole, monkeypatch, capfd):
         unpatched(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.RunWriter, event, filled)
+        patch.setattr(writer.RunWriter, event, filled)
         assert begin(disk, "--resume", "--alignment_every=1") == 1
     (disk / "other").unlink()
     assert_full(folder, capfd.readouterr().err, "in epoch 2, after step 4")
@@ -554,76 +564,76 @@ def test_words_of_a_full_disk():
 
 
 @pytest.fixture
-def writer(tmp_path):
+def run_writer(tmp_path):
     """That of a small model, after a first epoch."""
     model = keras.Sequential(
         [keras.Input((2,))]
         + [keras.layers.Dense(2, name=name) for name in ("low", "mid", "high")]
     )
     model.compile("sgd", "mse")
-    writer = runs.RunWriter(
-        tmp_path, settings(), runs.Progress(), examples_per_epoch=1
+    run_writer = writer.RunWriter(
+        tmp_path, config_of(), Progress(), examples_per_epoch=1
     )
-    writer.set_model(model)
-    writer.on_train_begin()
-    end_epoch(writer, 0, loss=1.0)
-    return writer
+    run_writer.set_model(model)
+    run_writer.on_train_begin()
+    end_epoch(run_writer, 0, loss=1.0)
+    return run_writer
 
 
-def end_epoch(writer, epoch, **logs):
-    writer.on_epoch_begin(epoch)
-    writer.progress.partial = runs.Partial(training_seconds=1.0)
-    writer.on_epoch_end(epoch, logs)
+def end_epoch(run_writer, epoch, **logs):
+    run_writer.on_epoch_begin(epoch)
+    run_writer.progress.partial = Partial(training_seconds=1.0)
+    run_writer.on_epoch_end(epoch, logs)
 
 
-def test_divergence_names_its_layers(writer, tmp_path):
+def test_divergence_names_its_layers(run_writer, tmp_path):
     before = (tmp_path / "model.keras").read_bytes()
-    layers = writer.model.layers
+    layers = run_writer.model.layers
     layers[2].bias.assign([1.0, np.nan])
     layers[0].kernel.assign([[1.0, 0.0], [np.inf, 0.0]])
     with pytest.raises(
         Diverged, match=r"epoch 2 of 3: .* weights of low, high"
     ):
-        end_epoch(writer, 1, loss=1.0)
+        end_epoch(run_writer, 1, loss=1.0)
     # Nor are they saved inside an epoch.
-    writer.on_epoch_begin(1)
-    writer.terminated = lambda: True
+    run_writer.on_epoch_begin(1)
+    run_writer.terminated = lambda: True
     with pytest.raises(Diverged):
-        writer.on_train_batch_end(0)
+        run_writer.on_train_batch_end(0)
     assert (tmp_path / "model.keras").read_bytes() == before
     assert not (tmp_path / "model.1.keras").exists()
     layers[2].bias.assign([0.0, 0.0])
     layers[0].kernel.assign(np.eye(2))
-    with pytest.raises(Diverged, match="val_loss, though all weights"):
-        end_epoch(writer, 1, loss=1.0, val_loss=np.inf)
+    with pytest.raises(Diverged, match="Inf in val_loss, though not in the"):
+        end_epoch(run_writer, 1, loss=1.0, val_loss=np.inf)
     with pytest.raises(Stopped):
-        writer.on_train_batch_end(0)
+        run_writer.on_train_batch_end(0)
 
 
-def test_time_of_the_parts_of_an_epoch(writer):
-    writer.progress.partial = runs.Partial(3, [], {}, 100.0, 50.0)
-    writer.on_epoch_begin(1)
-    writer.on_epoch_end(1, {"loss": 1.0})
-    row = writer.progress.rows[-1]
+def test_time_of_the_parts_of_an_epoch(run_writer):
+    run_writer.progress.partial = Partial(3, [], {}, 100.0, 50.0)
+    run_writer.on_epoch_begin(1)
+    run_writer.on_epoch_end(1, {"loss": 1.0})
+    row = run_writer.progress.rows[-1]
     assert 100 < row["seconds"] < 150
     assert row["examples_per_second"] == 1 / 50
-    assert writer.model.stop_training  # the next fit has other steps
+    assert run_writer.model.stop_training  # the next fit has other steps
 
 
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
         ("--dtype_policy=mixed_float16 --method=fa", "=mixed_bfloat16 or"),
-        ("--kernel_scale=3 --method=fa", "less than --kernel_scale=3.0"),
-        ("--feedback_scale=2 --method=fa", "less than --feedback_scale=2.0"),
+        ("--kernel_scale=3 --method=fa", "lower --kernel_scale (now 3)"),
+        ("--feedback_scale=2 --method=fa", "lower --feedback_scale (now 2)"),
         ("--method=fa", "fa_usf_sn"),
-        ("--learning_rate=7", "less than --learning_rate=7.0 or a longer"),
+        ("--learning_rate=7", "lower --learning_rate (now 7) or raise"),
     ],
 )
-def test_advice_on_divergence(arguments, advice, writer):
-    writer.settings = settings(*arguments.split())
+def test_advice_on_divergence(arguments, advice, run_writer):
+    run_writer.settings = config_of(*arguments.split())
     with pytest.raises(Diverged) as raised:
-        end_epoch(writer, 1, loss=np.nan)
+        end_epoch(run_writer, 1, loss=np.nan)
     message = str(raised.value)
     assert Diverged.SIGN in message
-    assert advice in message.partition("or delete the folder, with ")[2]
+    assert advice in message.partition("after deleting the folder, ")[2]

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import keras
 import main
-import models
 import numpy as np
 import pytest
-import runs
-import strategies
 from backends import ON_TENSORFLOW
-from data import Arrays
-from data import Split
-from data import Splits
-from data import evaluation_steps
-from errors import UserError
-from strategies import Share
 
+from experiment import devices
+from experiment import networks
+from experiment.datasets.arrays import Arrays
+from experiment.datasets.arrays import Split
+from experiment.datasets.arrays import Splits
+from experiment.datasets.arrays import evaluation_steps
+from experiment.devices.one import Share
+from experiment.errors import UserError
+from experiment.runfolder import writer
 from keras_fa import convert
 from keras_fa.callbacks import StrictNormalization
 
@@ -97,7 +97,7 @@ def network():
     import workers
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "NETWORKS", workers.NETWORKS)
+        patch.setitem(networks.NETWORKS, "digits", workers.NETWORKS["digits"])
         yield
 
 
@@ -114,9 +114,9 @@ def alone(network, tmp_path_factory):
 def mirrored(strategy, network, monkeypatch):
     """`--strategy=mirrored` is this process's two replicas."""
     monkeypatch.setitem(
-        strategies.STRATEGIES,
+        devices.STRATEGIES,
         "mirrored",
-        lambda *_: strategies.Distributed(strategy),
+        lambda *_: devices.Distributed(strategy),
     )
 
 
@@ -138,13 +138,13 @@ def test_replicas_are_stopped_and_go_on(
     """Inside an epoch, the means of whose metrics are those of all steps."""
     import workers
 
-    unpatched = runs.RunWriter.on_train_batch_end
-    monkeypatch.setattr(runs.RunWriter, "on_train_batch_end", unpatched)
+    unpatched = writer.RunWriter.on_train_batch_end
+    monkeypatch.setattr(writer.RunWriter, "on_train_batch_end", unpatched)
     workers.stop_at(4)
     arguments = ["--strategy=mirrored", "--resume"]
     assert begin(tmp_path, "fa_usf_sn", *arguments) == 0
     assert "stopped in epoch 2, after step 4" in capfd.readouterr().out
-    monkeypatch.setattr(runs.RunWriter, "on_train_batch_end", unpatched)
+    monkeypatch.setattr(writer.RunWriter, "on_train_batch_end", unpatched)
     assert begin(tmp_path, "fa_usf_sn", *arguments) == 0
     assert_close(
         folder_of(tmp_path, "fa_usf_sn"), folder_of(alone, "fa_usf_sn")
@@ -161,10 +161,10 @@ def test_scaled_loss_is_resumed(mirrored, tmp_path):
 
 def test_step_is_a_graph_of_fixed_shapes_without_the_host(strategy, network):
     """What a TPU needs, by the graph of the compiled step itself."""
-    placement = strategies.Distributed(strategy)
+    placement = devices.Distributed(strategy)
     with placement.scope():
         model = convert(
-            models.build("digits", 10, synchronized=True), "fa_usf_sn"
+            networks.build("digits", 10, synchronized=True), "fa_usf_sn"
         )
     model = placement.adopt(
         model,
@@ -282,6 +282,7 @@ def test_two_workers_equal_one_device(alone, tmp_path):
     assert not (tmp_path / "1").exists()  # the chief alone writes
 
 
+@pytest.mark.slow
 def test_lost_worker(alone, tmp_path):
     """The other one says so, and the job goes on from its checkpoint."""
     processes = start_workers(tmp_path, "--epochs=100")
@@ -306,6 +307,7 @@ def test_lost_worker(alone, tmp_path):
     assert len(history(rows.parent)) == done + 1
 
 
+@pytest.mark.slow
 def test_workers_are_stopped_and_go_on(alone, tmp_path):
     """By SIGTERM to one of them, inside an epoch."""
     arguments = [tmp_path, "--method=fa_usf_sn --resume"]
@@ -324,7 +326,7 @@ def test_workers_are_stopped_and_go_on(alone, tmp_path):
 def test_workers_with_different_flags(tmp_path, monkeypatch, capfd):
     """As a worker sees it whose chief has another learning rate."""
 
-    class Worker(strategies.OneDevice):
+    class Worker(devices.OneDevice):
         chief = False
 
         def tell(self, find):
@@ -334,7 +336,7 @@ def test_workers_with_different_flags(tmp_path, monkeypatch, capfd):
                 "settings": {**told["settings"], "optimizer": "adam"},
             }
 
-    monkeypatch.setitem(strategies.STRATEGIES, "none", lambda *_: Worker())
+    monkeypatch.setitem(devices.STRATEGIES, "none", lambda *_: Worker())
     assert begin(tmp_path, "fa_usf_sn") == 1
     errors = capfd.readouterr().err
     assert len(errors.splitlines()) == 1
@@ -342,6 +344,7 @@ def test_workers_with_different_flags(tmp_path, monkeypatch, capfd):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_refusal_of_the_chief_ends_all(tmp_path):
     folder = folder_of(tmp_path / "0", "fa_usf_sn")
     folder.mkdir(parents=True)
@@ -397,7 +400,7 @@ def test_cluster():
     both = {"worker": ["a:1", "b:2"]}
     task = {"type": "worker", "index": 1}
     text = json.dumps({"cluster": both, "task": task})
-    assert strategies.cluster(text) == (1, ["a:1", "b:2"])
+    assert devices.cluster(text) == (1, ["a:1", "b:2"])
 
 
 # TPUs, as far as they can be had without one.
@@ -432,7 +435,7 @@ def test_tpu_is_resolved_by_its_name(strategy, monkeypatch):
         tf.tpu.experimental, "initialize_tpu_system", note("initialize")
     )
     monkeypatch.setattr(tf.distribute, "TPUStrategy", made)
-    placement = strategies.tpu(0, "node-1")
+    placement = devices.tpu(0, "node-1")
     assert calls == ["node-1", ("connect", Resolver), ("initialize", Resolver)]
     assert (placement.replicas, placement.workers, placement.chief) == (2, 1, 1)
 
@@ -522,7 +525,7 @@ def test_padding_changes_no_metric():
     split = Split(
         rng.normal(size=(43, 8, 8, 1)).astype(np.float32), np.arange(43) % 10
     )
-    model = models.build("digits", 10)
+    model = networks.build("digits", 10)
     model.compile(
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         weighted_metrics=[keras.metrics.SparseCategoricalAccuracy()],
@@ -534,9 +537,9 @@ def test_padding_changes_no_metric():
 
 
 def test_chief_says_what_the_others_are_told():
-    assert strategies.OneDevice().tell(lambda: {"a": 1}) == {"a": 1}
+    assert devices.OneDevice().tell(lambda: {"a": 1}) == {"a": 1}
     with pytest.raises(UserError, match="no"):
-        strategies.OneDevice().tell(_refuse)
+        devices.OneDevice().tell(_refuse)
 
 
 def _refuse():

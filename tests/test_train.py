@@ -10,22 +10,29 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
-import commandline
-import data
 import export
 import keras
 import main
-import models
 import numpy as np
 import pytest
-import runs
-import startup
 from backends import ON_TENSORFLOW
 from backends import array
 from backends import requires_tensorflow
 
 import keras_fa
+from experiment import commandline
+from experiment import datasets
+from experiment import model as models
+from experiment import networks
+from experiment import run as experiment_run
+from experiment import settings
+from experiment import startup
+from experiment.datasets import arrays
+from experiment.errors import UserError
+from experiment.networks import chains
+from experiment.runfolder import writer
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = {"seconds", "examples_per_second"}
@@ -62,9 +69,9 @@ def in_new_process(*command, cwd=ROOT):
     )
 
 
-def settings(*arguments):
-    commandline.parse(main.FLAGS, ["main.py", *arguments])
-    return main.settings()
+def config_of(*arguments):
+    commandline.parse(settings.FLAGS, ["main.py", *arguments])
+    return settings.given()
 
 
 def without(monkeypatch, *missing):
@@ -75,6 +82,14 @@ def without(monkeypatch, *missing):
         "installed",
         lambda *names: not set(names) & set(missing) and installed(*names),
     )
+
+
+def splits_of(name, data_dir):
+    """The parts of a data set that fits into memory."""
+    config = SimpleNamespace(
+        data_dir=data_dir, download=False, label_smoothing=0.0
+    )
+    return datasets.DATASETS[name].open(config)._splits
 
 
 def history(folder):
@@ -103,14 +118,14 @@ def assert_same(folder, other):
 
 def interrupt_after(epoch, monkeypatch):
     """Makes training stop as by Ctrl-C once an epoch is on the disk."""
-    on_epoch_end = runs.RunWriter.on_epoch_end
+    on_epoch_end = writer.RunWriter.on_epoch_end
 
     def interrupted(self, index, logs=None):
         on_epoch_end(self, index, logs)
         if index + 1 == epoch:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.RunWriter, "on_epoch_end", interrupted)
+    monkeypatch.setattr(writer.RunWriter, "on_epoch_end", interrupted)
 
 
 # The runs.
@@ -177,8 +192,12 @@ def test_run_folder(train, tmp_path):
     rows = history(folder)
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     last = rows[-1]
-    assert result["train_error"] == main.error(float(last["accuracy"]))
-    assert result["validation_error"] == main.error(float(last["val_accuracy"]))
+    assert result["train_error"] == experiment_run.error(
+        float(last["accuracy"])
+    )
+    assert result["validation_error"] == experiment_run.error(
+        float(last["val_accuracy"])
+    )
     seconds = sum(float(row["seconds"]) for row in rows)
     assert result["seconds"] == pytest.approx(seconds, abs=0.01)
     assert float(last["learning_rate"]) == pytest.approx(0, abs=1e-9)
@@ -188,8 +207,7 @@ def test_run_folder(train, tmp_path):
             assert bool(row[f"alignment/angle/{layer}"]) == measured
 
     # The test error is that of the saved model on the raw test images.
-    dataset = data.DATASETS["digits"]
-    splits = dataset.load(None, False)
+    splits = splits_of("digits", None)
     model = keras.saving.load_model(folder / "model.keras")
     assert type(model).__name__ == "Functional"
     answers = model.predict(splits.test.images, verbose=0).argmax(-1)
@@ -235,7 +253,7 @@ def test_without_tensorboard(train, tmp_path, monkeypatch):
     assert "Curves" not in output
     folder = tmp_path / "runs" / "digits-digits-fa_usf_sn-s0"
     assert {file.name for file in folder.iterdir()} == {
-        "history.csv", "model.keras", "result.json"
+        ".lock", "history.csv", "model.keras", "result.json"
     }  # fmt: skip
     assert 0 < float(history(folder)[0]["alignment/angle/conv1"]) < 90
 
@@ -261,10 +279,14 @@ def test_same_seed_same_result_in_another_process(train, tmp_path):
 @pytest.mark.parametrize(
     ("method", "arguments"),
     [
-        ("fa_usf_sn", ["--alignment_every=1"]),
-        ("bp_noise", ["--optimizer=sgd", "--warmup_epochs=1.5"]),
-        ("fa_usf_const_ei", ["--optimizer=adamw"]),
-        ("dfa", ["--dtype_policy=mixed_float16"]),
+        (
+            "bp_noise",
+            ["--optimizer=sgd", "--warmup_epochs=1.5", "--alignment_every=1"],
+        ),
+        (
+            "fa_usf_const_ei",
+            ["--optimizer=adamw", "--dtype_policy=mixed_float16"],
+        ),
     ],
 )
 def test_resumed_run_equals_uninterrupted_one(
@@ -272,15 +294,15 @@ def test_resumed_run_equals_uninterrupted_one(
 ):
     # All layers that draw random numbers: windows, mirroring and dropout.
     def with_dropout(x, classes):
-        return models.digits(keras.layers.Dropout(0.3)(x), classes)
+        return chains.digits(keras.layers.Dropout(0.3)(x), classes)
 
     monkeypatch.setitem(
-        models.NETWORKS,
+        networks.NETWORKS,
         "digits",
-        models.Network(with_dropout, (8, 8, 1), (6, 6, 1)),
+        networks.Network(with_dropout, (8, 8, 1), (6, 6, 1)),
     )
-    dataset = data.DATASETS["digits"]._replace(mirror=True)
-    monkeypatch.setitem(data.DATASETS, "digits", dataset)
+    dataset = datasets.DATASETS["digits"]._replace(mirror=True)
+    monkeypatch.setitem(datasets.DATASETS, "digits", dataset)
     arguments = [
         f"--method={method}",
         "--epochs=3",
@@ -362,7 +384,7 @@ def test_damaged_checkpoint(damage, train, tmp_path, monkeypatch):
     elif damage == "emptied":
         checkpoint.write_bytes(b"")
     else:
-        models.build("digits", 10).save(checkpoint)
+        networks.build("digits", 10).save(checkpoint)
     status, _, errors = train("--method=bp", "--epochs=2", "--resume")
     assert status == 1
     assert len(errors.splitlines()) == 1
@@ -393,7 +415,7 @@ def test_divergence(train, tmp_path):
     )
     assert status == 1
     assert "epoch 1 of 2" in errors
-    assert "--learning_rate=3e+38" in errors
+    assert "lower --learning_rate (now 3e+38)" in errors
     assert len(errors.splitlines()) == 1
     folder = tmp_path / "runs" / "digits-digits-bp-s0"
     assert not (folder / "model.keras").exists()
@@ -409,7 +431,7 @@ def test_flags_after_a_flagfile_win(train, tmp_path, monkeypatch):
         ["--flagfile", "own.flags"],
         [f"-flagfile={tmp_path / 'own.flags'}"],
     ):
-        config = settings(*flagfile, "--epochs=2")
+        config = config_of(*flagfile, "--epochs=2")
         assert (config.method, config.seed, config.epochs) == ("bp", 5, 2)
 
 
@@ -417,8 +439,8 @@ def test_flags_after_a_flagfile_win(train, tmp_path, monkeypatch):
     "flagfile", sorted(f.name for f in commandline.FLAGFILES.glob("*.flags"))
 )
 def test_flagfiles(flagfile):
-    config = settings(f"--flagfile={flagfile}")
-    main.check(config)
+    config = config_of(f"--flagfile={flagfile}")
+    settings.check(config)
     if flagfile in ("imagenet_usf.flags", "imagenet_sample.flags"):
         assert (config.dataset, config.method) == ("imagenet2012", "fa_usf_sn")
         return
@@ -489,11 +511,13 @@ def test_mirrored_replicas_equal_one_device(train, tmp_path):
 
 
 BAD_INPUT = [
-    ("--dataset=cifar", "digits|mnist"),
+    ("--dataset=cifar", "did you mean cifar10?"),
     ("--model=vgg", "cifar10_1"),
     ("--method=usf", "fa_usf_sn"),
+    ("--method=FA", "did you mean fa?"),
+    ("--lr=0.1", "did you mean learning_rate?"),
     ("--optimizer=lion", "adamw"),
-    ("--strategy=tpus", "mirrored"),
+    ("--strategy=tpus", "did you mean tpu?"),
     ("--dtype_policy=float16", "mixed_float16"),
     ("--epochs=0", "1 to 100000"),
     ("--epochs=-3", "1 to 100000"),
@@ -525,7 +549,7 @@ BAD_INPUT = [
     ("--dataset=imagenet2012 --model=mnist", "resnet18"),
     ("--tpu=local", "--strategy=tpu"),
     ("--virtual_devices=2", "--strategy=mirrored"),
-    ("--virtual_devices=-1 --strategy=mirrored", "at least 0"),
+    ("--virtual_devices=-1 --strategy=mirrored", "0 to 64"),
     ("--resume=perhaps", "resume"),
     ("--epoch=3", "epochs"),
     ("--fast", "--helpfull"),
@@ -536,12 +560,13 @@ BAD_INPUT = [
     ("--dataset=mnist --data_dir={missing}", "train/export.py"),
     ("--dataset=mnist --data_dir={here}", "train/export.py"),
     ("--dataset=cifar10 --data_dir={file}", "train/export.py"),
-    ("--flagfile=missing.flags", "digits_usf.flags"),
-    ("--flagfile={missing}/a.flags", "digits_usf.flags"),
-    ("--flagfile={here}", "digits_usf.flags"),
-    ("--flagfile=", "digits_usf.flags"),
-    ("--flagfile", "digits_usf.flags"),
-    ("--flagfile={unknown}", "'depth'"),
+    ("--flagfile=missing.flags", "<column>_<method>.flags"),
+    ("--flagfile={missing}/a.flags", "<column>_<method>.flags"),
+    ("--flagfile=digits_usf", "did you mean digits_usf.flags"),
+    ("--flagfile={here}", "<column>_<method>.flags"),
+    ("--flagfile=", "<column>_<method>.flags"),
+    ("--flagfile", "<column>_<method>.flags"),
+    ("--flagfile={unknown}", "--depth: no such flag"),
     ("--flagfile={nested}", "nowhere.flags"),
     ("--flagfile={binary}", "binary"),
     ("--runs_dir={file}", "--runs_dir"),
@@ -613,11 +638,11 @@ def test_other_backends(backend, program, monkeypatch):
 
 def test_run_of_another_backend(train, tmp_path, monkeypatch):
     assert train("--method=bp", "--epochs=1")[0] == 0
-    resumed = settings("--method=bp", "--epochs=2", "--resume")
+    resumed = config_of("--method=bp", "--epochs=2", "--resume")
     resumed.backend = "other"
     resumed.runs_dir = tmp_path / "runs"
-    with pytest.raises(data.UserError, match=f"KERAS_BACKEND={BACKEND}, not"):
-        main.train(resumed)
+    with pytest.raises(UserError, match=f"KERAS_BACKEND={BACKEND}, not"):
+        experiment_run.train(resumed)
 
 
 def test_help(train):
@@ -628,9 +653,9 @@ def test_help(train):
 
 
 def test_every_flag_is_explained():
-    explained = main.FLAGS.get_help()
-    for name in vars(main.settings()).keys() - {"backend"}:
-        assert len(main.FLAGS[name].help) > 20, name
+    explained = settings.FLAGS.get_help()
+    for name in vars(settings.given()).keys() - {"backend"}:
+        assert len(settings.FLAGS[name].help) > 20, name
         assert f"--{name}" in explained or f"--[no]{name}" in explained
 
 
@@ -638,9 +663,9 @@ def test_every_flag_is_explained():
 
 
 def test_digits_split_is_fixed_and_stratified():
-    splits = data.DATASETS["digits"].load(None, False)
+    splits = splits_of("digits", None)
     keras.utils.set_random_seed(3)
-    again = data.DATASETS["digits"].load(None, False)
+    again = splits_of("digits", None)
     for split, other in zip(splits, again):
         np.testing.assert_array_equal(split.images, other.images)
     assert [len(split.labels) for split in splits] == [1293, 144, 360]
@@ -657,11 +682,11 @@ def test_digits_split_is_fixed_and_stratified():
 def numbered(n=20, shape=(32, 32, 3)):
     """Images of which no two windows are alike."""
     images = np.random.default_rng(0).integers(0, 256, (n, *shape), np.uint8)
-    return data.Split(images, np.arange(n))
+    return arrays.Split(images, np.arange(n))
 
 
 def batches(split, seed=0, first_epoch=0, epochs=3):
-    training = data.TrainingBatches(
+    training = arrays.TrainingBatches(
         split,
         batch_size=6,
         steps_per_epoch=3,
@@ -713,12 +738,12 @@ def test_fit_sees_each_batch_once_in_order():
                 self.scale.assign(0.5 * self.scale)
             return keras.ops.cast(x, "float32")
 
-    split = data.Split(np.arange(20, dtype=np.uint8)[:, None], np.zeros(20))
+    split = arrays.Split(np.arange(20, dtype=np.uint8)[:, None], np.zeros(20))
     inputs = keras.Input((1,), dtype="uint8")
     seen = Seen()
     model = keras.Model(inputs, keras.layers.Dense(1)(seen(inputs)))
     model.compile("sgd", "mse", steps_per_execution=3, jit_compile=True)
-    training = data.TrainingBatches(
+    training = arrays.TrainingBatches(
         split,
         batch_size=6,
         steps_per_epoch=3,
@@ -727,7 +752,7 @@ def test_fit_sees_each_batch_once_in_order():
         epochs=4,
     )
     model.fit(
-        data.feed(training),
+        arrays.feed(training),
         initial_epoch=1,
         epochs=4,
         steps_per_epoch=3,
@@ -747,8 +772,8 @@ def seen(layers, images, training):
 
 
 def test_augmentation_is_a_window_perhaps_mirrored():
-    *layers, standardize = data.preprocessing(
-        data.DATASETS["cifar10"], (24, 24, 3)
+    *layers, standardize = datasets.DATASETS["cifar10"].preprocessing(
+        (24, 24, 3)
     )
     split = numbered(200)
     # The pixels at which the windows may begin tell where they do.
@@ -790,8 +815,31 @@ def test_augmentation_is_a_window_perhaps_mirrored():
     np.testing.assert_allclose(values.std((1, 2, 3)), 1, atol=1e-4)
 
 
+def test_windows_of_padded_images():
+    """As residual networks see CIFAR-10: 9 x 9 places, black beyond."""
+    network = networks.NETWORKS["resnet20"]
+    *layers, _ = datasets.DATASETS["cifar10"].preprocessing(
+        network.input_shape, network.pad
+    )
+    images = numbered(200).images
+    padded = np.pad(images, [(0, 0), (4, 4), (4, 4), (0, 0)])
+    places = set()
+    for image, window in zip(padded, seen(layers, images, training=True)):
+        found = [
+            (top, left)
+            for top in range(9)
+            for left in range(9)
+            for side in (window, window[:, ::-1])
+            if np.array_equal(image[top : top + 32, left : left + 32], side)
+        ]
+        assert found
+        places.update(found)
+    assert len(places) > 60  # 74 expected
+    np.testing.assert_array_equal(seen(layers, images, training=False), images)
+
+
 def test_evaluation_sees_the_centre():
-    layers = data.preprocessing(data.DATASETS["cifar10"], (24, 24, 3))
+    layers = datasets.DATASETS["cifar10"].preprocessing((24, 24, 3))
     split = numbered()
     centres = split.images[:, 4:28, 4:28].astype(float)
     means = centres.mean((1, 2, 3), keepdims=True)
@@ -804,7 +852,7 @@ def test_evaluation_sees_the_centre():
 
 
 def test_whole_images_are_only_scaled():
-    layers = data.preprocessing(data.DATASETS["mnist"], (28, 28, 1))
+    layers = datasets.DATASETS["mnist"].preprocessing((28, 28, 1))
     split = numbered(shape=(28, 28, 1))
     for training in (False, True):
         np.testing.assert_allclose(
@@ -831,7 +879,7 @@ def mnist_file(folder, **changes):
 def test_file_of_arrays(train, tmp_path, monkeypatch):
     arrays = mnist_file(tmp_path)
     without(monkeypatch, "tensorflow_datasets")
-    splits = data.DATASETS["mnist"].load(str(tmp_path), False)
+    splits = splits_of("mnist", str(tmp_path))
     np.testing.assert_array_equal(
         np.concatenate([splits.train.images, splits.validation.images]),
         arrays["train_images"],
@@ -937,7 +985,7 @@ def tfds_folder(tmp_path, capfd):
 
 @requires_tfds
 def test_tensorflow_datasets(train, tmp_path, tfds_folder):
-    splits = data.DATASETS["mnist"].load(str(tfds_folder), False)
+    splits = splits_of("mnist", str(tfds_folder))
     assert [len(split.labels) for split in splits] == [180, 20, 40]
     assert splits.train.images.dtype == np.uint8
 
@@ -974,9 +1022,8 @@ def test_export(tmp_path, tfds_folder, capfd):
     assert errors == ""
     assert list(folder.iterdir()) == [file]
 
-    dataset = data.DATASETS["mnist"]
     for split, other in zip(
-        dataset.load(str(folder), False), dataset.load(str(tfds_folder), False)
+        splits_of("mnist", str(folder)), splits_of("mnist", str(tfds_folder))
     ):
         np.testing.assert_array_equal(split.images, other.images)
         np.testing.assert_array_equal(split.labels, other.labels)
@@ -1013,7 +1060,7 @@ def test_export_that_fails_leaves_nothing(
     [
         ("--to={here}", "--dataset=cifar10"),
         ("--dataset=mnist", "--to"),
-        ("--dataset=digits --to={here}", "mnist|fashion_mnist|cifar10"),
+        ("--dataset=digits --to={here}", "mnist, fashion_mnist, cifar10"),
         ("--dataset=mnist --to={here} --data_dir={here}/none", "mnist"),
         ("--dataset=mnist --to={here} --form=npz", "--helpfull"),
     ],
@@ -1042,8 +1089,8 @@ def test_bad_input_of_the_export(arguments, says, tmp_path, capfd):
 )
 def test_networks(name, layers, parameters):
     keras.config.set_dtype_policy("mixed_bfloat16")
-    network = models.NETWORKS[name]
-    model = models.build(name, 10)
+    network = networks.NETWORKS[name]
+    model = networks.build(name, 10)
     with_kernel = [layer for layer in model.layers if hasattr(layer, "kernel")]
     assert [layer.name for layer in with_kernel] == layers
     assert model.count_params() == parameters
@@ -1057,15 +1104,15 @@ def test_networks(name, layers, parameters):
 @pytest.mark.parametrize("method", ["fa_usf_sn", "dfa", "dense_fa"])
 def test_networks_of_raw_images(method):
     """The layers in front change nothing of what the network does."""
-    config = settings("--dataset=cifar10", f"--method={method}")
-    model = main.build(config)
+    config = config_of("--dataset=cifar10", f"--method={method}")
+    model = models.build(config)
     assert model.input_shape == (None, 32, 32, 3)
     assert model.inputs[0].dtype == "uint8"
     bare = keras_fa.to_backprop(model)
     assert [layer.name for layer in bare.layers if layer.weights] == [
         "conv1", "conv2", "fc1", "fc2", "fc3"
     ]  # fmt: skip
-    network = models.build("cifar10_1", 10)
+    network = networks.build("cifar10_1", 10)
     network.set_weights(bare.get_weights())
     images = numbered(4).images
     centres = images[:, 4:28, 4:28].astype("float32")
@@ -1081,10 +1128,10 @@ def test_networks_of_raw_images(method):
 
 @pytest.mark.parametrize("warmup_epochs", [0, 0.5, 2, 99])
 def test_learning_rate(warmup_epochs):
-    config = settings(
+    config = config_of(
         "--epochs=4", "--learning_rate=0.1", f"--warmup_epochs={warmup_epochs}"
     )
-    schedule = main.learning_rate(config, steps_per_epoch=10)
+    schedule = models.learning_rate(config, steps_per_epoch=10)
     rates = [float(schedule(step)) for step in range(41)]
     top = min(int(warmup_epochs * 10), 39)
     assert rates[top] == pytest.approx(0.1)

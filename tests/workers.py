@@ -15,10 +15,11 @@ from typing import Any
 import main  # before all that imports Keras
 
 # isort: split
-import models
-import runs
-import strategies
 from keras import layers
+
+from experiment import devices
+from experiment import networks
+from experiment.runfolder import writer
 
 
 def network(x: Any, classes: int, dropout: float = 0.0) -> Any:
@@ -34,31 +35,26 @@ def network(x: Any, classes: int, dropout: float = 0.0) -> Any:
     return layers.Dense(classes, dtype="float32", name="readout")(x)
 
 
-NETWORKS = {
-    **models.NETWORKS,
-    "digits": models.NETWORKS["digits"]._replace(logits=network),
-}
+NETWORKS = {"digits": networks.NETWORKS["digits"]._replace(logits=network)}
 
 
 def stop_at(number: int) -> None:
     """Sends this process SIGTERM at the end of a step of the second epoch."""
-    unpatched = runs.RunWriter.on_train_batch_end
+    unpatched = writer.RunWriter.on_train_batch_end
 
     def terminated(self: Any, batch: int, logs: Any = None) -> None:
         if (self.progress.epoch, batch) == (1, number - 1):
             os.kill(os.getpid(), signal.SIGTERM)
         unpatched(self, batch, logs)
 
-    runs.RunWriter.on_train_batch_end = terminated
+    writer.RunWriter.on_train_batch_end = terminated
 
 
 if __name__ == "__main__":
     if "STOP" in os.environ:
         stop_at(int(os.environ["STOP"]))
-    models.NETWORKS = NETWORKS
-    strategies.STRATEGIES["multi_worker"] = functools.cache(
-        strategies.multi_worker
-    )
+    networks.NETWORKS.update(NETWORKS)
+    devices.STRATEGIES["multi_worker"] = functools.cache(devices.multi_worker)
     for command_line in sys.argv[1:]:
         status = main.run(["main.py", *command_line.split()])
         if status:

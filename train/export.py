@@ -8,15 +8,17 @@ any backend; TensorFlow and TensorFlow Datasets are needed only here, and once.
 A file that is there already is left as it is.
 """
 
-import startup  # noqa: F401 - before anything imports Keras
-
-# isort: split
 import sys
 
-import commandline
-import data
+import experiment  # noqa: F401 - before anything imports Keras
+
+# isort: split
 from absl import flags
-from errors import UserError
+
+from experiment import commandline
+from experiment.datasets import DATASETS
+from experiment.datasets import sources
+from experiment.errors import UserError
 
 # Flags of its own: those of train/main.py have the same names.
 FLAGS = flags.FlagValues()
@@ -26,8 +28,8 @@ flags.DEFINE_enum(
     None,
     [
         name
-        for name, dataset in data.DATASETS.items()
-        if name != "digits" and dataset.load is not None
+        for name, dataset in DATASETS.items()
+        if name != "digits" and not dataset.streamed
     ],
     "Data set to export (digits needs no file, imagenet2012 is too large).",
     flag_values=FLAGS,
@@ -60,16 +62,16 @@ def export() -> None:
             "--dataset and --to are needed: python train/export.py "
             "--dataset=cifar10 --to=FOLDER. --helpfull lists all flags."
         )
-    file = data.array_file(FLAGS.dataset, FLAGS.to)
+    file = sources.array_file(FLAGS.dataset, FLAGS.to)
     if file.exists():
         raise UserError(
             f"{file}: exists already. Use it, delete it, or choose another "
             "folder with --to."
         )
-    splits = data.read_tfds(FLAGS.dataset, FLAGS.data_dir, FLAGS.download)
+    splits = sources.read_tfds(FLAGS.dataset, FLAGS.data_dir, FLAGS.download)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        data.write_arrays(file, *splits)
+        sources.write_arrays(file, *splits)
     except OSError as error:
         raise UserError(
             f"{file}: cannot be written ({error.strerror or error}). Give a "

@@ -15,19 +15,20 @@ of main.py may be added, and win over the recipes; a changed recipe needs a
 --runs_dir of its own. At the end: python train/report.py <runs_dir>.
 """
 
-import startup  # noqa: F401 - before anything imports Keras
-
-# isort: split
 import math
 import sys
 import time
 from pathlib import Path
 
-import columns
-import commandline
-import sweep
+import experiment  # noqa: F401 - before anything imports Keras
+
+# isort: split
 from absl import flags
-from errors import UserError
+
+from experiment import commandline
+from experiment.errors import UserError
+from experiment.table import columns
+from experiment.table import sweep
 
 FLAGS = flags.FlagValues()
 columns.define_flags(FLAGS)

@@ -1,0 +1,568 @@
+"""ImageNet: a stream of photos from the files of TensorFlow Datasets.
+
+All happens inside of TensorFlow's graph, on the hosts of the accelerators. A
+training photo is a window drawn anew in every epoch, mirrored half of the
+time; the JPEG is decoded in the window only. What a batch holds depends on the
+seed, the epoch, the step and the number of processes alone, so that a resumed
+run sees what an uninterrupted one would have seen.
+
+TensorFlow Datasets has re-encoded ImageNet's few PNG and CMYK files since
+version 3.0.0: all photos of version 5 are RGB or grey JPEGs. One that is not,
+or that is damaged, keeps its place in the batch as zeros of weight 0.
+"""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from experiment.devices.one import Share
+from experiment.errors import UserError
+
+NAME = "imagenet2012"
+CLASSES = 1000
+SHUFFLE_BUFFER = 8192
+CROP_AREA = 0.08
+FILES_AT_ONCE = 16
+BATCHES_AT_ONCE = 2
+PREPARE = (
+    "ImageNet cannot be downloaded automatically: get "
+    "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from "
+    "https://image-net.org/download-images and prepare them with 'tfds build "
+    f"{NAME} --manual_dir=FOLDER_OF_BOTH --data_dir=DATA_DIR'."
+)
+
+# A JPEG and `[y, x, height, width]` to the pixels of that window.
+Decode = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+
+
+def decode_window(photo: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
+    """Decodes a window of a photo.
+
+    The pixels are those of the whole photo, but for colour in the first and
+    the last column where a JPEG has it at half the resolution: it is
+    interpolated, and the columns beyond are not decoded.
+
+    Args:
+        photo: The JPEG.
+        window: `[y, x, height, width]` in pixels.
+
+    Returns:
+        The window's pixels, `(height, width, 3)` uint8.
+    """
+    return tf.io.decode_and_crop_jpeg(photo, window, channels=3)
+
+
+class Photos:
+    """The photos of ImageNet in a folder of TensorFlow Datasets.
+
+    Args:
+        data_dir: The folder that holds `imagenet2012`, local or a bucket's;
+            `None`: TFDS's own default.
+        image_size: Height and width of the images to make, in pixels.
+        hold_out: Whether the last hundredth of `train` (at least one photo) is
+            the validation, and the split `validation` is not touched.
+        one_hot: Whether labels are `(b, 1000)` float32, instead of `(b,)`
+            int64.
+        crop_area: The least share of a photo's area that a training window
+            has. Default 0.08.
+
+    Attributes:
+        training_images: Photos to train on.
+        validation_images: Photos to evaluate on.
+        test_images: 0: the labels of ImageNet's are not public.
+        skipped: The names of the photos met so far that did not decode.
+
+    Raises:
+        UserError: If the folder does not hold all of ImageNet in a form that
+            can be read.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | None,
+        image_size: int,
+        hold_out: bool = False,
+        one_hot: bool = False,
+        crop_area: float = CROP_AREA,
+    ) -> None:
+        self._info = find(data_dir).info
+        self._size = image_size
+        self._one_hot = one_hot
+        self._crop_area = crop_area
+        self.test_images = 0
+        self.skipped: set[str] = set()
+        photos = self._info.splits["train"].num_examples
+        held = max(photos // 100, 1) if hold_out else 0
+        self.training_images = photos - held
+        self._validation = ("train", self.training_images, photos)
+        if not hold_out:
+            photos = self._info.splits["validation"].num_examples
+            self._validation = ("validation", 0, photos)
+        self.validation_images = photos - self._validation[1]
+
+    def training(
+        self,
+        share: Share,
+        batch_size: int,
+        steps_per_epoch: int,
+        seed: int,
+        first_step: int,
+        epochs: int,
+        decode: Decode = decode_window,
+    ) -> tf.data.Dataset:
+        """The training batches of a process, from a step on.
+
+        Each epoch reads the process's part of the files in an order of its
+        own, 16 at a time, and shuffles the photos, not yet decoded, in a
+        buffer of 8192: for ImageNet 0.9 GB of memory in each process. Windows
+        have `crop_area` to 1 of a photo's area and 3/4 to 4/3 as their aspect
+        ratio, as `tf.image.stateless_sample_distorted_bounding_box` draws them
+        in at most 10 attempts; else it is the centre. They are resized
+        bilinearly.
+
+        Args:
+            share: The replicas that the process feeds.
+            batch_size: Photos in a global batch, a multiple of the replicas.
+            steps_per_epoch: Steps in an epoch, which leaves the rest out.
+            seed: Of the order and of the windows.
+            first_step: The step to begin with, counted over all epochs. The
+                photos before it are read in its epoch, but not decoded.
+            epochs: The epoch to end before.
+            decode: What decodes a window.
+
+        Returns:
+            Batches of one replica: images `(b, size, size, 3)` uint8, labels,
+            weights `(b,)` float32: 1, or 0 for a photo that does not decode.
+            They are ordered by step, then by replica.
+
+        Raises:
+            UserError: If there are fewer photos than an epoch needs.
+        """
+        if not 0 < steps_per_epoch * batch_size <= self.training_images:
+            raise UserError(
+                f"{steps_per_epoch} steps of {batch_size} photos an epoch: "
+                f"there are {self.training_images} photos to train on. Take a "
+                "smaller batch."
+            )
+        each = batch_size // share.replicas
+        here = each * share.count
+        part = share.part(0, self.training_images)
+        first_epoch, done = divmod(first_step, steps_per_epoch)
+
+        def of_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
+            # Of the graph of this function alone; beside it the epoch is
+            # shuffle's seed, which has to be a constant beside 0.
+            tf.random.set_seed(seed % (2**31 - 2) + 1)
+            records = self._records("train", *part, epoch)
+            records = records.shuffle(
+                SHUFFLE_BUFFER, epoch, reshuffle_each_iteration=False
+            )
+
+            def counted(place: tf.Tensor, record: tf.Tensor) -> tuple:
+                """The photo's number among all that are ever trained on."""
+                step = epoch * steps_per_epoch + place // here
+                start = step * batch_size + share.first * each
+                return start + place % here, record
+
+            return (
+                records.enumerate()
+                .take(steps_per_epoch * here)
+                .skip(done * here * tf.cast(epoch == first_epoch, tf.int64))
+                .map(counted)
+            )
+
+        def pixels(number: tf.Tensor, photo: tf.Tensor) -> tf.Tensor:
+            drawn = tf.stack([tf.constant(seed, tf.int64), number])
+            return training_pixels(
+                photo, drawn, self._size, decode, self._crop_area
+            )
+
+        photos = (
+            tf.data.Dataset.range(first_epoch, epochs)
+            .flat_map(of_epoch)
+            .map(self._parsed(1.0), tf.data.AUTOTUNE)
+        )
+        return self._batches(photos, each, pixels)
+
+    def validation(
+        self, share: Share, batch_size: int, steps: int
+    ) -> tf.data.Dataset:
+        """The validation batches of a process, again and again.
+
+        A photo's central square of 0.875 of its short side is resized.
+
+        Args:
+            share: The replicas that the process feeds.
+            batch_size: Photos in a global batch, a multiple of the replicas.
+            steps: Those that make up one evaluation, in which all photos have
+                room.
+
+        Returns:
+            Batches of one replica, as those of `training`, ordered alike. In
+            one evaluation each photo comes once in one process. What fills
+            the last batches are zeros of weight 0. Photos weigh as much more
+            than 1 as brings the sum to that of full batches, so that the mean
+            of Keras's losses over the batches is the mean over the photos;
+            one that does not decode counts in it as a loss of 0.
+        """
+        each = batch_size // share.replicas
+        split, *whole = self._validation
+        start, stop = share.part(*whole)
+        weight = steps * batch_size / self.validation_images
+        black = tf.io.encode_jpeg(tf.zeros((1, 1, 3), tf.uint8))
+        filling = (
+            tf.data.Dataset.from_tensors((0, black, self._label(0), "", 0.0))
+            .map(lambda number, *rest: (tf.cast(number, tf.int64), *rest))
+            .repeat(steps * each * share.count - (stop - start))
+        )
+        photos = (
+            self._records(split, start, stop)
+            .enumerate()
+            .map(self._parsed(weight), tf.data.AUTOTUNE)
+            .concatenate(filling)
+        )
+
+        def pixels(number: tf.Tensor, photo: tf.Tensor) -> tf.Tensor:
+            return evaluation_pixels(photo, self._size)
+
+        return self._batches(photos.repeat(), each, pixels)
+
+    def probe(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first validation photos that decode.
+
+        Args:
+            n: How many; all, if there are fewer.
+
+        Returns:
+            Images and labels, as in a batch.
+        """
+        size = min(n, self.validation_images)
+        steps = -(-self.validation_images // size)
+        batches = self.validation(Share(), size, steps)
+        images, labels = [], []
+        for x, y, w in batches.take(steps).as_numpy_iterator():
+            images.extend(x[w > 0])
+            labels.extend(y[w > 0])
+            if len(images) >= n:
+                break
+        return np.stack(images[:n]), np.stack(labels[:n])
+
+    def _records(
+        self, split: str, start: int, stop: int, epoch: tf.Tensor | None = None
+    ) -> tf.data.Dataset:
+        """Serialized photos of a split, files in an epoch's order, or sorted.
+
+        Only the files that hold these photos are opened.
+        """
+        files = []
+        if start < stop:
+            part = self._info.splits[f"{split}[{start}:{stop}]"]
+            files = part.file_instructions
+        order = tf.data.Dataset.from_tensor_slices(
+            (
+                tf.constant([str(f.filename) for f in files], tf.string),
+                tf.constant([f.skip for f in files], tf.int64),
+                tf.constant([f.take for f in files], tf.int64),
+            )
+        )
+        if epoch is not None:
+            order = order.shuffle(
+                len(files), epoch, reshuffle_each_iteration=False
+            )
+        return order.interleave(
+            lambda file, skip, take: (
+                tf.data.TFRecordDataset(file, buffer_size=1 << 20)
+                .skip(skip)
+                .take(take)
+            ),
+            cycle_length=FILES_AT_ONCE,
+            block_length=FILES_AT_ONCE,
+            num_parallel_calls=tf.data.AUTOTUNE,
+            deterministic=True,
+        )
+
+    def _parsed(self, weight: float) -> Callable[..., tuple]:
+        """Number, JPEG, label, name and weight of a serialized photo."""
+
+        def parse(number: tf.Tensor, record: tf.Tensor) -> tuple:
+            photo = self._info.features.deserialize_example(
+                record, decoders={"image": tfds.decode.SkipDecoding()}
+            )
+            label, name = self._label(photo["label"]), photo["file_name"]
+            return number, photo["image"], label, name, weight
+
+        return parse
+
+    def _label(self, label: tf.Tensor | int) -> tf.Tensor:
+        if self._one_hot:
+            return tf.one_hot(label, CLASSES)
+        return tf.cast(label, tf.int64)
+
+    def _batches(
+        self,
+        photos: tf.data.Dataset,
+        batch_size: int,
+        pixels: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    ) -> tf.data.Dataset:
+        """Photos in batches; one that does not decode is blank.
+
+        A dataset can leave out what fails, but not put something in its
+        place. So a batch that came out short is decoded again, with a dataset
+        around each photo that goes on with a blank one where it is left out.
+        Around every photo these datasets would take about a third of the time.
+        """
+
+        def decoded(number, photo, label, name, weight):
+            return pixels(number, photo), label, weight
+
+        def blank(number, photo, label, name, weight):
+            name = tf.numpy_function(
+                self._skip, [name], tf.string, stateful=True
+            )
+            with tf.control_dependencies([name]):
+                image = tf.zeros((self._size, self._size, 3), tf.uint8)
+            return image, label, tf.zeros_like(weight)
+
+        def one(*photo: tf.Tensor) -> tf.data.Dataset:
+            photo = tf.data.Dataset.from_tensors(photo)
+            image = photo.map(decoded).ignore_errors()
+            return image.concatenate(photo.map(blank)).take(1)
+
+        def batch(*photos: tf.Tensor) -> tf.data.Dataset:
+            photos = tf.data.Dataset.from_tensor_slices(photos)
+            images = photos.map(
+                decoded, os.cpu_count(), deterministic=True
+            ).ignore_errors()
+            return (
+                images.batch(batch_size, drop_remainder=True)
+                .concatenate(
+                    photos.flat_map(one).batch(batch_size, drop_remainder=True)
+                )
+                .take(1)
+            )
+
+        options = tf.data.Options()
+        options.deterministic = True
+        options.experimental_distribute.auto_shard_policy = (
+            tf.data.experimental.AutoShardPolicy.OFF  # a Share is one already
+        )
+        return (
+            photos.batch(batch_size, drop_remainder=True)
+            .interleave(
+                batch,
+                cycle_length=BATCHES_AT_ONCE,
+                block_length=1,
+                num_parallel_calls=BATCHES_AT_ONCE,
+                deterministic=True,
+            )
+            .prefetch(tf.data.AUTOTUNE)
+            .with_options(options)
+        )
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """A scope in which a file that cannot be read is an error of one line.
+
+        Raises:
+            UserError: If there is one.
+        """
+        try:
+            yield
+        except tf.errors.OpError as error:
+            here = str(self._info.data_dir) in error.message
+            if not here and not isinstance(error, tf.errors.DataLossError):
+                raise
+            raise UserError(
+                f"{self._info.data_dir}: a file cannot be read "
+                f"({error.message.splitlines()[0]}). Get it again, or prepare "
+                f"{NAME} again, and go on with --resume. {PREPARE}"
+            ) from error
+
+    def _skip(self, name: bytes) -> bytes:
+        """Notes, and says once, that a photo does not decode."""
+        shown = name.decode()
+        if shown not in self.skipped:
+            self.skipped.add(shown)
+            print(f"photo {shown} does not decode; skipped", file=sys.stderr)
+        return name
+
+
+# What becomes of a photo.
+
+
+def training_pixels(
+    photo: tf.Tensor,
+    seed: tf.Tensor,
+    size: int,
+    decode: Decode,
+    crop_area: float,
+) -> tf.Tensor:
+    """A random window of a photo, half of the time mirrored.
+
+    Args:
+        photo: The JPEG.
+        seed: The run's seed and the photo's number, `(2,)` int64.
+        size: Height and width of the image to make.
+        decode: What decodes a window.
+        crop_area: The least share of the photo's area in it.
+
+    Returns:
+        `(size, size, 3)` uint8.
+    """
+    even = seed * [1, 2]  # two draws, and a seed of its own for each
+    window = random_window(tf.io.extract_jpeg_shape(photo), even, crop_area)
+    image = resized(decode(photo, window), size)
+    mirrored = tf.random.stateless_uniform((), even + [0, 1]) < 0.5
+    return tf.cond(mirrored, lambda: tf.reverse(image, [1]), lambda: image)
+
+
+def evaluation_pixels(photo: tf.Tensor, size: int) -> tf.Tensor:
+    """The central square of 0.875 of a photo's short side, resized.
+
+    Args:
+        photo: The JPEG.
+        size: Height and width of the image to make.
+
+    Returns:
+        `(size, size, 3)` uint8.
+    """
+    sides = tf.io.extract_jpeg_shape(photo)[:2]
+    side = tf.maximum(7 * tf.reduce_min(sides) // 8, 1)
+    window = tf.concat([(sides - side) // 2, [side, side]], 0)
+    return resized(decode_window(photo, window), size)
+
+
+def random_window(
+    shape: tf.Tensor, seed: tf.Tensor, crop_area: float = CROP_AREA
+) -> tf.Tensor:
+    """A window `[y, x, height, width]` of a photo of some shape."""
+    begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+        shape,
+        tf.zeros((1, 0, 4)),
+        seed,
+        min_object_covered=0.0,
+        aspect_ratio_range=(3 / 4, 4 / 3),
+        area_range=(crop_area, 1.0),
+        max_attempts=10,
+        use_image_if_no_bounding_boxes=True,
+    )
+    begin, extent = begin[:2], extent[:2]
+    # All of a photo, after 10 attempts, may be too long.
+    seen = tf.minimum(extent, (4 * extent[::-1] + 2) // 3)
+    return tf.concat([begin + (extent - seen) // 2, seen], 0)
+
+
+def resized(image: tf.Tensor, size: int) -> tf.Tensor:
+    """A uint8 image resized bilinearly, of known shape."""
+    image = tf.round(tf.image.resize(image, (size, size)))
+    return tf.ensure_shape(tf.cast(image, tf.uint8), (size, size, 3))
+
+
+# Where the photos are.
+
+
+def find(data_dir: str | None) -> tfds.core.DatasetBuilder:
+    """Opens the newest version 5 of ImageNet in a folder.
+
+    Args:
+        data_dir: The folder that holds `imagenet2012`; `None`: TFDS's own.
+
+    Returns:
+        A builder that has all that is needed.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if data_dir is None:
+        data_dir = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    root = tfds.core.Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise UserError(
+            f"--data_dir={data_dir}: no such folder. Give the one that holds "
+            f"{NAME} as TensorFlow Datasets wrote it. {PREPARE}"
+        )
+    home = root / NAME
+    there = sorted(f.name for f in home.iterdir()) if home.is_dir() else []
+    versions = [name for name in there if re.fullmatch(r"\d+\.\d+\.\d+", name)]
+    fitting = [name for name in versions if name.startswith("5.")]
+    halves = [name for name in there if ".incomplete" in name]
+    if not fitting and halves:
+        raise UserError(
+            f"{home / halves[0]}: half prepared. Delete it and prepare {NAME} "
+            f"again. {PREPARE}"
+        )
+    if not fitting and versions:
+        raise UserError(
+            f"{home}: holds version {', '.join(versions)}, and 5.0.0 or a "
+            f"later 5 is needed. Prepare that one. {PREPARE}"
+        )
+    if not fitting:
+        raise UserError(
+            f"--data_dir={data_dir}: holds no {NAME}. Give the folder that "
+            f"does. {PREPARE}"
+        )
+    folder = home / max(fitting, key=lambda name: [*map(int, name.split("."))])
+    return opened(folder)
+
+
+def opened(folder: tfds.core.Path) -> tfds.core.DatasetBuilder:
+    """Opens a version's folder and checks that it is complete.
+
+    Args:
+        folder: It holds `dataset_info.json`, features and record files.
+
+    Raises:
+        UserError: If something is missing, or is not as it should be.
+    """
+    again = f"Delete the folder and prepare {NAME} again. {PREPARE}"
+    there = {file.name for file in folder.iterdir()}
+    missing = {"dataset_info.json", "features.json"} - there
+    if not missing:
+        try:
+            builder = tfds.builder_from_directory(folder)
+        except Exception as error:  # torn or foreign JSON, in many ways
+            reason = (str(error).strip() or type(error).__name__).splitlines()
+            raise UserError(
+                f"{folder}: TensorFlow Datasets cannot read what it is "
+                f"({type(error).__name__}: {reason[0]}). {again}"
+            ) from error
+        splits, features = builder.info.splits, builder.info.features
+        kind = builder.info.file_format
+        if kind != tfds.core.FileFormat.TFRECORD:
+            raise UserError(
+                f"{folder}: its files are {kind.value}, and tfrecord is read. "
+                f"Prepare it with --file_format=tfrecord. {PREPARE}"
+            )
+        if not {"train", "validation"} <= set(splits):
+            raise UserError(
+                f"{folder}: has the splits {', '.join(splits) or 'none'}, and "
+                f"train and validation are needed. {again}"
+            )
+        if not (
+            {"image", "label", "file_name"} <= set(features)
+            and features["image"].np_dtype == np.uint8
+            and getattr(features["label"], "num_classes", 0) == CLASSES
+        ):
+            raise UserError(
+                f"{folder}: its photos have {', '.join(features)}, and image, "
+                f"label (of {CLASSES} classes) and file_name are needed. "
+                f"{again}"
+            )
+        missing = {
+            name
+            for s in ("train", "validation")
+            for name in splits[s].filenames
+        } - there
+    if missing:
+        raise UserError(
+            f"{folder}: half prepared: {len(missing)} of its files are not "
+            f"there, such as {min(missing)}. {again}"
+        )
+    return builder

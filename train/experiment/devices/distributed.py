@@ -1,0 +1,200 @@
+"""The replicas of a `tf.distribute` strategy, on one or several machines.
+
+TensorFlow's `tf.distribute` replicates the model and adds up gradients. The
+loop is Keras's `fit`, with a train and a test function of ours in it: Keras's
+own fail under several workers, and under replicas with steps_per_execution
+above 1. What a process has to know of the others is told by the chief, which
+is the only one that reads and writes files.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import keras
+import numpy as np
+
+from experiment.devices.one import OneDevice
+from experiment.devices.one import Share
+from experiment.errors import UserError
+from keras_fa.layers.feedback import all_variables
+
+# In what TensorFlow says where a worker is gone.
+LOST = ("collective", "unhealthy", "heartbeat", "connection reset")
+
+
+class Distributed(OneDevice):
+    """The replicas of a `tf.distribute.Strategy`.
+
+    Args:
+        strategy: The strategy.
+        worker: The place of this process among the workers.
+        workers: The number of processes.
+    """
+
+    def __init__(
+        self, strategy: Any, worker: int = 0, workers: int = 1
+    ) -> None:
+        self.strategy = strategy
+        self.replicas = strategy.num_replicas_in_sync
+        self.worker = worker
+        self.workers = workers
+        self.chief = worker == 0
+        self._sum = None
+
+    def scope(self) -> AbstractContextManager:
+        return self.strategy.scope()
+
+    def adopt(
+        self, model: keras.Model, compiled: Callable[[keras.Model], None]
+    ) -> keras.Model:
+        # Made outside the scope, so that Keras leaves the strategy to us.
+        model = keras.Model(model.inputs, model.outputs, name=model.name)
+        with self.scope():
+            compiled(model)
+            model.optimizer.build(model.trainable_variables)
+
+        def make_train_function(force: bool = False) -> None:
+            if force or model.train_function is None:
+                model.train_function = self._function(
+                    model.train_step, model.steps_per_execution
+                )
+
+        def make_test_function(force: bool = False) -> None:
+            if force or model.test_function is None:
+                model.test_function = self._function(
+                    model.test_step, model.steps_per_execution
+                )
+
+        model.make_train_function = make_train_function
+        model.make_test_function = make_test_function
+        return model
+
+    def _function(self, step: Callable[[Any], Any], steps: int) -> Callable:
+        """Some steps of all replicas as one compiled function of an iterator.
+
+        Args:
+            step: Of one replica: a batch to a dict of scalars.
+            steps: How many.
+
+        Returns:
+            A function that returns the scalars of the last step, averaged.
+        """
+        import tensorflow as tf
+
+        @tf.function(reduce_retracing=True)
+        def function(iterator):
+            logs = self.strategy.run(step, args=(next(iterator),))
+            if steps > 1:  # or it would be traced in vain
+                for _ in tf.range(steps - 1):
+                    logs = self.strategy.run(step, args=(next(iterator),))
+            return {
+                name: self.strategy.reduce("MEAN", value, axis=None)
+                for name, value in logs.items()
+            }
+
+        return function
+
+    def feed(self, batches: Callable[[Share], Any]) -> Any:
+        def own(context):
+            count = self.replicas // context.num_input_pipelines
+            return batches(
+                Share(self.replicas, count * context.input_pipeline_id, count)
+            )
+
+        return self.strategy.distribute_datasets_from_function(own)
+
+    def tell(self, find: Callable[[], Any]) -> Any:
+        if self.workers == 1:
+            return find()
+        said, failure = {}, None
+        if self.chief:
+            try:
+                said["found"] = find()
+            except Exception as error:
+                failure = error
+                said["refused"] = str(error) or type(error).__name__
+        said = self._said(0, said)
+        if failure is not None:
+            raise failure
+        if "refused" in said:
+            raise UserError(f"Worker 0 refused the run: {said['refused']}")
+        return said["found"]
+
+    def gather(self, found: Any) -> list[Any]:
+        if self.workers == 1:
+            return [found]
+        return [self._said(worker, found) for worker in range(self.workers)]
+
+    def agree(self, wish: bool) -> bool:
+        if self.workers == 1:
+            return wish
+        return bool(self._added_up(np.array([wish], np.float32)).any())
+
+    def spread(self, model: keras.Model) -> None:
+        if self.workers == 1:
+            return
+        for variable in [*all_variables(model), *model.optimizer.variables]:
+            value = np.asarray(variable)
+            sent = self._sent(0, np.frombuffer(value.tobytes(), np.uint8))
+            variable.assign(
+                np.frombuffer(sent, value.dtype).reshape(value.shape)
+            )
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        import tensorflow as tf
+
+        try:
+            yield
+        except tf.errors.OpError as error:
+            if self.workers == 1 or not (
+                isinstance(error, tf.errors.UnavailableError)
+                or any(sign in error.message.lower() for sign in LOST)
+            ):
+                raise
+            raise UserError(
+                f"Worker {self.worker} of {self.workers} lost another one ("
+                f"{type(error).__name__}: {error.message.splitlines()[0]}). "
+                "Look at what that one said, and start all workers again "
+                "with --resume."
+            ) from error
+
+    def _said(self, worker: int, what: Any) -> Any:
+        """What a worker says, in all of them; it is made of JSON."""
+        text = np.frombuffer(json.dumps(what).encode(), np.uint8)
+        length = self._sent(worker, np.array([len(text)]).view(np.uint8))
+        if worker != self.worker:
+            text = np.zeros(int(length.view(np.int64)[0]), np.uint8)
+        return json.loads(self._sent(worker, text).tobytes())
+
+    def _sent(self, worker: int, content: np.ndarray) -> np.ndarray:
+        """A worker's bytes; the others give as many, whatever they are."""
+        # Every means of communication adds float32 up, and bytes exactly.
+        content = content.astype(np.float32)
+        if worker != self.worker:
+            content = np.zeros_like(content)
+        return self._added_up(content).astype(np.uint8)
+
+    def _added_up(self, values: np.ndarray) -> np.ndarray:
+        """The sum of the workers' float32 values, each counted once."""
+        import tensorflow as tf
+
+        if self._sum is None:
+            local = self.replicas // self.workers
+
+            def added(values):
+                context = tf.distribute.get_replica_context()
+                own = context.replica_id_in_sync_group % local == 0
+                values = tf.where(own, values, tf.zeros_like(values))
+                return context.all_reduce("SUM", values)
+
+            self._sum = tf.function(
+                lambda values: self.strategy.run(added, args=(values,)),
+                reduce_retracing=True,
+            )
+        summed = self._sum(tf.constant(values))
+        return self.strategy.experimental_local_results(summed)[0].numpy()

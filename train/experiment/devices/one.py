@@ -1,0 +1,96 @@
+"""One device, and what a place to train offers."""
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from typing import NamedTuple
+
+import keras
+
+
+class Share(NamedTuple):
+    """The replicas that a process feeds: `count` of them from `first` on.
+
+    Attributes:
+        replicas: The number of all replicas, which share each batch evenly.
+        first: The first one of this process.
+        count: How many it has.
+    """
+
+    replicas: int = 1
+    first: int = 0
+    count: int = 1
+
+    def part(self, start: int, stop: int) -> tuple[int, int]:
+        """The part of what lies from `start` to `stop` that is its own."""
+        n, last = stop - start, self.first + self.count
+        return (
+            start + n * self.first // self.replicas,
+            start + n * last // self.replicas,
+        )
+
+
+class OneDevice:
+    """The device that the backend chooses by itself.
+
+    Attributes:
+        replicas: The number of copies of the model, over all workers.
+        workers: The number of processes.
+        chief: Whether this process is the one that writes.
+    """
+
+    replicas = 1
+    workers = 1
+    chief = True
+
+    def scope(self) -> AbstractContextManager:
+        """Where the variables of a model are made."""
+        return contextlib.nullcontext()
+
+    def adopt(
+        self, model: keras.Model, compiled: Callable[[keras.Model], None]
+    ) -> keras.Model:
+        """Compiles a model for `fit` and `evaluate`.
+
+        Args:
+            model: A model made in `scope`.
+            compiled: Calls its `compile`.
+
+        Returns:
+            The model to train, of the same layers.
+        """
+        compiled(model)
+        return model
+
+    def feed(self, batches: Callable[[Share], Any]) -> Any:
+        """The batches for `fit`.
+
+        Args:
+            batches: Makes those of a share: of one replica's size, for each
+                step one for each replica of the share.
+        """
+        return batches(Share())
+
+    def tell(self, find: Callable[[], Any]) -> Any:
+        """What the chief finds out, in every worker; it is made of JSON.
+
+        Raises:
+            UserError: If the chief does, in every worker.
+        """
+        return find()
+
+    def gather(self, found: Any) -> list[Any]:
+        """What each worker, at the same point, has; it is made of JSON."""
+        return [found]
+
+    def agree(self, wish: bool) -> bool:
+        """Whether any of the workers, at the same point, has the wish."""
+        return wish
+
+    def spread(self, model: keras.Model) -> None:
+        """Gives the chief's model and optimiser to the other workers."""
+
+    def watched(self) -> AbstractContextManager:
+        """A scope in which the loss of a worker is an error of one line."""
+        return contextlib.nullcontext()

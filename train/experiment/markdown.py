@@ -1,0 +1,24 @@
+"""Tables as Markdown."""
+
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+
+def table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], align: str = "left"
+) -> str:
+    """A table.
+
+    Args:
+        heads: Of the columns.
+        rows: Their cells.
+        align: "left", or "right" for all columns but the first.
+    """
+    return tabulate(
+        rows,
+        heads,
+        tablefmt="pipe" if align == "right" else "github",
+        colalign=["left", *[align] * (len(heads) - 1)],
+        disable_numparse=True,
+    )

@@ -1,0 +1,158 @@
+"""A network under a method, compiled with its optimiser.
+
+An optimiser is added as one entry of `OPTIMIZERS`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import keras
+
+import keras_fa
+from experiment import networks
+from experiment.datasets import DATASETS
+from experiment.errors import UserError
+from keras_fa.constraints import SignConcordance
+from keras_fa.methods import METHODS
+from keras_fa.methods import Method
+
+# A metric of the model, and what its error is called in result.json.
+ACCURACIES = {"accuracy": "error", "top5_accuracy": "top5_error"}
+
+
+class Optimizer(NamedTuple):
+    """An optimiser: what makes it, and its defaults."""
+
+    make: Callable[..., keras.optimizers.Optimizer]
+    learning_rate: float
+    weight_decay: float = 0.0
+
+
+def _sgd(**options: object) -> keras.optimizers.Optimizer:
+    return keras.optimizers.SGD(momentum=0.9, **options)
+
+
+OPTIMIZERS = {
+    "adam": Optimizer(keras.optimizers.Adam, 1e-3),
+    "adamw": Optimizer(keras.optimizers.Adam, 1e-3, 0.004),
+    "sgd": Optimizer(_sgd, 0.05),
+}
+
+
+def build(config: SimpleNamespace) -> keras.Model:
+    """The network under the method, which takes the data set's raw images."""
+    dataset = DATASETS[config.dataset]
+    network = networks.NETWORKS[config.model]
+    stock = networks.build(
+        config.model,
+        dataset.classes,
+        dataset.preprocessing(network.input_shape, network.pad),
+        kernel_scale=config.kernel_scale,
+        dropout=config.dropout,
+        normalization=config.normalization,
+        image_size=config.image_size,
+        synchronized=config.strategy != "none",
+    )
+    method = scaled(METHODS[config.method], config.feedback_scale)
+    try:
+        model = keras_fa.convert(
+            stock, method, feedback_maps=config.feedback_maps
+        )
+    except ValueError as error:  # maps that are too large
+        raise UserError(
+            f"--feedback_maps={config.feedback_maps}: {error}"
+        ) from error
+    if config.backend == "jax":
+        # RandomTranslation denies it because of TensorFlow, whose XLA lacks
+        # an operation; JAX compiles all that it can run.
+        for layer in model.layers:
+            layer.supports_jit = True
+    return model
+
+
+def draws(method: Method) -> bool:
+    """Whether errors are sent through feedback that is random and fixed."""
+    fixed = isinstance(method.feedback_constraint, SignConcordance)
+    return (
+        method.wiring != "chain"
+        or (fixed and not method.feedback_constraint.strict)
+        or method.feedback_constraint is None
+    )
+
+
+def scaled(method: Method, scale: float) -> Method:
+    """The method whose fixed random feedback is drawn `scale` times as large.
+
+    B_0 is then `scale` times he_normal, whatever W_0 is; the fixed maps of DFA
+    and DenseFA are `scale` times what they are by default.
+    """
+    if scale == 1:
+        return method
+    if method.wiring == "chain":
+        return dataclasses.replace(
+            method,
+            feedback_initializer=keras.initializers.VarianceScaling(
+                2.0 * scale**2, "fan_in", "truncated_normal"
+            ),
+        )
+    maps = keras.initializers.get(method.map_initializer)
+    return dataclasses.replace(
+        method,
+        map_initializer=keras.initializers.VarianceScaling(
+            maps.scale * scale**2, maps.mode, maps.distribution
+        ),
+    )
+
+
+def learning_rate(
+    config: SimpleNamespace, steps_per_epoch: int
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    """A linear warm-up, then half a cosine down to 0 at the last step."""
+    steps = config.epochs * steps_per_epoch
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), steps - 1)
+    return keras.optimizers.schedules.CosineDecay(
+        0.0 if warmup else config.learning_rate,
+        decay_steps=steps - warmup,
+        warmup_target=config.learning_rate if warmup else None,
+        warmup_steps=warmup,
+    )
+
+
+def compile_model(
+    model: keras.Model, config: SimpleNamespace, steps_per_epoch: int
+) -> None:
+    """Compiles a model with the optimiser, the loss and the metrics."""
+    optimizer = OPTIMIZERS[config.optimizer].make(
+        learning_rate=learning_rate(config, steps_per_epoch),
+        weight_decay=config.weight_decay or None,
+    )
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    if config.label_smoothing:
+        loss = keras.losses.CategoricalCrossentropy(
+            from_logits=True, label_smoothing=config.label_smoothing
+        )
+        first = keras.metrics.CategoricalAccuracy
+        five = keras.metrics.TopKCategoricalAccuracy
+    else:
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        first = keras.metrics.SparseCategoricalAccuracy
+        five = keras.metrics.SparseTopKCategoricalAccuracy
+    made = {
+        "accuracy": lambda name: first(name=name),
+        "top5_accuracy": lambda name: five(k=5, name=name),
+    }
+    model.compile(
+        optimizer,
+        loss=loss,
+        weighted_metrics=[made[name](name) for name in metrics_of(config)],
+        jit_compile=config.jit_compile,
+        steps_per_execution=config.steps_per_execution,
+    )
+
+
+def metrics_of(config: SimpleNamespace) -> list[str]:
+    """Those of `ACCURACIES` that tell something with so many classes."""
+    few = DATASETS[config.dataset].classes <= 10
+    return [*ACCURACIES][: 1 if few else 2]

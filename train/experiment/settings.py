@@ -1,0 +1,618 @@
+"""The settings of a run: one table, from which all else follows.
+
+Flags of main.py with their bounds and help, what a run folder is named after,
+what a run that goes on has to share with the one that was left, what the runs
+of a cell share, the columns of TensorBoard's page "HParams": a new setting is
+one row here, and its use.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Collection
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import keras
+from absl import flags
+
+from experiment.datasets import DATASETS
+from experiment.devices import STRATEGIES
+from experiment.errors import UserError
+from experiment.model import OPTIMIZERS
+from experiment.model import draws
+from experiment.networks import NETWORKS
+from keras_fa.methods import METHODS
+
+
+class Role(enum.Enum):
+    """What a setting is there for.
+
+    Those of the first three are in `result.json`; all workers share them.
+    """
+
+    NAMING = "names the run's folder"
+    RECIPE = "decides what is learned: the runs of a cell share it"
+    EXECUTION = "how it is computed: runs of one cell may differ in it"
+    PLACE = "where from, where to, how long: may change on the way"
+
+
+@dataclasses.dataclass(frozen=True)
+class Of:
+    """A default that is an attribute of what another setting chooses.
+
+    Args:
+        setting: The other one.
+        entries: What it chooses from, by name.
+        attribute: Of an entry.
+    """
+
+    setting: str
+    entries: Mapping[str, Any]
+    attribute: str
+
+    def value(self, config: Mapping[str, Any]) -> Any:
+        """The default beside other settings."""
+        return getattr(self.entries[config[self.setting]], self.attribute)
+
+    def __str__(self) -> str:
+        word = "on" if self.setting == "dataset" else "for"
+        return ", ".join(
+            f"{getattr(entry, self.attribute)} {word} {name}"
+            for name, entry in self.entries.items()
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A row of the table.
+
+    Args:
+        name: The flag's, without dashes.
+        role: What it is there for.
+        kind: `bool`, `int`, `float` or `str`, or the names to choose from.
+        default: Its value where none is given, or an `Of`; a run that is older
+            than the setting was made with this, too.
+        help: A sentence on what it does, and what more there is to say.
+        bounds: An interval, such as "[0, 1)".
+        kept: Whether a run goes on with the value that it was begun with. By
+            default what is learned and where it is written.
+        flag: Whether it is a flag.
+    """
+
+    name: str
+    role: Role
+    kind: type | Collection[str]
+    default: Any
+    help: str
+    bounds: str = ""
+    kept: bool | None = None
+    flag: bool = True
+
+    @property
+    def fixed(self) -> bool:
+        """Whether a run goes on with the value that it was begun with."""
+        if self.kept is None:
+            return self.role in (Role.NAMING, Role.RECIPE)
+        return self.kept
+
+    @property
+    def is_number(self) -> bool:
+        """Whether its values are numbers."""
+        return self.kind in (int, float)
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value lies within the bounds."""
+        if value is None or not self.bounds:
+            return True
+        low, high = map(float, self.bounds[1:-1].split(","))
+        above = value >= low if self.bounds[0] == "[" else value > low
+        below = value <= high if self.bounds[-1] == "]" else value < high
+        return above and below
+
+    @property
+    def limits(self) -> str:
+        """The bounds in words."""
+        low, high = self.bounds[1:-1].split(", ")
+        least = f"at least {low}" if self.bounds[0] == "[" else f"above {low}"
+        if high == "inf":
+            return least
+        if self.bounds[-1] == ")":
+            return f"from {low} to below {high}"
+        if self.bounds[0] == "(":
+            return f"{least} and at most {high}"
+        return f"{low} to {high}"
+
+    def define(self, values: flags.FlagValues) -> None:
+        """Defines the flag."""
+        text = self.help
+        if self.bounds:
+            text += f" Allowed: {self.limits}."
+        default = self.default
+        if isinstance(default, Of):
+            text += f" By default {default}."
+            default = None
+        if self.kind in (bool, int, float, str):
+            define = {
+                bool: flags.DEFINE_bool,
+                int: flags.DEFINE_integer,
+                float: flags.DEFINE_float,
+                str: flags.DEFINE_string,
+            }[self.kind]
+            define(self.name, default, text, flag_values=values)
+        else:
+            flags.DEFINE_enum(
+                self.name, default, list(self.kind), text, flag_values=values
+            )
+        if self.bounds:
+            flags.register_validator(
+                self.name,
+                self.allows,
+                f"it must be a number: {self.limits}",
+                flag_values=values,
+            )
+
+
+_NAMING, _RECIPE, _EXECUTION, _PLACE = Role
+_BY_DATASET = ("dataset", DATASETS)
+_BY_OPTIMIZER = ("optimizer", OPTIMIZERS)
+
+TABLE = (
+    Setting(
+        "dataset",
+        _NAMING,
+        DATASETS,
+        "digits",
+        "Data set. digits comes with scikit-learn, the others are read from "
+        "--data_dir.",
+    ),
+    Setting(
+        "model",
+        _NAMING,
+        NETWORKS,
+        Of(*_BY_DATASET, "model"),
+        "Network.",
+    ),
+    Setting(
+        "method",
+        _NAMING,
+        METHODS,
+        "fa_usf_sn",
+        "How errors are sent back; the rows of the paper's table. The default "
+        "is sign-concordant feedback with strict normalisation, its best one.",
+    ),
+    Setting(
+        "seed",
+        _NAMING,
+        int,
+        0,
+        "Of weights, feedback, order and augmentation. The split of the data "
+        "does not depend on it.",
+        f"[0, {2**31 - 1}]",
+    ),
+    Setting(
+        "epochs",
+        _RECIPE,
+        int,
+        Of(*_BY_DATASET, "epochs"),
+        "Passes over the training data. A run can go on with more.",
+        "[1, 100000]",
+        kept=False,
+    ),
+    Setting(
+        "batch_size",
+        _RECIPE,
+        int,
+        Of(*_BY_DATASET, "batch_size"),
+        "Images per step, over all replicas.",
+        "[1, inf)",
+    ),
+    Setting(
+        "optimizer",
+        _RECIPE,
+        OPTIMIZERS,
+        Of(*_BY_DATASET, "optimizer"),
+        "Optimiser; sgd has momentum 0.9, adamw is adam with weight decay.",
+    ),
+    Setting(
+        "learning_rate",
+        _RECIPE,
+        float,
+        Of(*_BY_OPTIMIZER, "learning_rate"),
+        "Learning rate at its height; it falls to 0 along half a cosine.",
+        "(0, inf)",
+    ),
+    Setting(
+        "warmup_epochs",
+        _RECIPE,
+        float,
+        Of(*_BY_DATASET, "warmup_epochs"),
+        "Epochs over which the learning rate rises from 0 at the start; "
+        "shortened to the run where it is longer.",
+        "[0, inf)",
+    ),
+    Setting(
+        "weight_decay",
+        _RECIPE,
+        float,
+        Of(*_BY_OPTIMIZER, "weight_decay"),
+        "Each step takes learning rate x weight decay off every kernel "
+        "(decoupled from the gradient; biases are left alone).",
+        "[0, inf)",
+    ),
+    Setting(
+        "kernel_scale",
+        _RECIPE,
+        float,
+        1.0,
+        "The kernels start as this many times he_normal.",
+        "(0, inf)",
+    ),
+    Setting(
+        "feedback_scale",
+        _RECIPE,
+        float,
+        1.0,
+        "Fixed random feedback starts as this many times what it is by "
+        "default: B_0 times he_normal, or the fixed maps of DFA and DenseFA. "
+        "Adam's steps do not depend on the scale of B_0 or of DFA's maps.",
+        "(0, inf)",
+    ),
+    Setting(
+        "feedback_maps",
+        _RECIPE,
+        ("dense", "convolutional"),
+        "dense",
+        "Form of the fixed maps of DFA and DenseFA. dense: a matrix between "
+        "two feature maps; convolutional: a small kernel, shared in space.",
+    ),
+    Setting(
+        "dropout",
+        _RECIPE,
+        float,
+        0.0,
+        "Rate at which the inputs of the readout are dropped in training; not "
+        "for cifar10_2 and imagenet_2, which have dropout of their own.",
+        "[0, 1)",
+    ),
+    Setting(
+        "normalization",
+        _RECIPE,
+        ("none", "batch"),
+        "none",
+        "batch: BatchNormalization in front of the ReLU of each hidden layer "
+        "with a kernel, in place of its bias; not for the residual networks, "
+        "which have it anyway.",
+    ),
+    Setting(
+        "label_smoothing",
+        _RECIPE,
+        float,
+        0.0,
+        "Share of a label that is spread evenly over all classes in the loss.",
+        "[0, 1)",
+    ),
+    Setting(
+        "image_size",
+        _RECIPE,
+        int,
+        None,
+        "Height and width that photos are resized to, in pixels, on "
+        "imagenet2012 alone; by default 224.",
+        "[8, 2048]",
+    ),
+    Setting(
+        "crop_area",
+        _RECIPE,
+        float,
+        None,
+        "Least share of a photo's area that its window has in training, on "
+        "imagenet2012 alone; by default 0.08.",
+        "(0, 1]",
+    ),
+    Setting(
+        "dtype_policy",
+        _RECIPE,
+        ("float32", "mixed_bfloat16", "mixed_float16"),
+        "float32",
+        "Keras's dtype policy of the model.",
+    ),
+    Setting(
+        "backend",
+        _EXECUTION,
+        str,
+        "tensorflow",
+        "Keras's backend.",
+        kept=True,
+        flag=False,
+    ),
+    Setting(
+        "steps_per_execution",
+        _EXECUTION,
+        int,
+        1,
+        "Training steps per call of the compiled function. An epoch is rounded "
+        "down to a multiple of them, an evaluation filled up.",
+        "[1, inf)",
+        kept=True,
+    ),
+    Setting(
+        "jit_compile",
+        _EXECUTION,
+        bool,
+        None,
+        "Whether to compile the training step with XLA. By default not on "
+        "TensorFlow; JAX always does.",
+    ),
+    Setting(
+        "strategy",
+        _EXECUTION,
+        STRATEGIES,
+        "none",
+        "none: one device. On TensorFlow also mirrored: all GPUs of this "
+        "machine, or its CPU; multi_worker: those of all machines in the "
+        "environment variable TF_CONFIG, each of which runs this command; tpu: "
+        "a TPU.",
+    ),
+    Setting(
+        "tpu",
+        _EXECUTION,
+        str,
+        None,
+        "With --strategy=tpu: the TPU's name or grpc:// address; by default "
+        "local, that of the TPU VM this runs on.",
+    ),
+    Setting(
+        "virtual_devices",
+        _EXECUTION,
+        int,
+        0,
+        "With --strategy=mirrored: number of logical devices to split the GPU "
+        "or CPU into; 0 splits nothing.",
+        "[0, 64]",
+    ),
+    Setting(
+        "alignment_every",
+        _EXECUTION,
+        int,
+        0,
+        "Measure the alignment of every layer after each so many epochs; 0 is "
+        "never.",
+        "[0, inf)",
+    ),
+    Setting(
+        "test",
+        _PLACE,
+        bool,
+        True,
+        "Whether to look at the test images, once, at the end. A search for "
+        "settings does not, and goes by the validation error. ImageNet's test "
+        "error is that of its validation photos; with --notest a hundredth of "
+        "the training photos is held out in their place.",
+    ),
+    Setting(
+        "data_dir",
+        _PLACE,
+        str,
+        None,
+        "Folder that holds <dataset>.npz, as train/export.py writes it, or "
+        "else one of TensorFlow Datasets, as imagenet2012 needs; the default "
+        "is that of the latter ($TFDS_DATA_DIR or ~/tensorflow_datasets).",
+    ),
+    Setting(
+        "download",
+        _PLACE,
+        bool,
+        False,
+        "Whether to fetch a data set that --data_dir does not hold.",
+    ),
+    Setting(
+        "runs_dir",
+        _PLACE,
+        str,
+        "runs",
+        "Folder in which run folders are made.",
+    ),
+    Setting(
+        "resume",
+        _PLACE,
+        bool,
+        False,
+        "Whether to continue the run if its folder exists: an unfinished one "
+        "from its last checkpoint, a finished one if --epochs is larger.",
+    ),
+    Setting(
+        "checkpoint_minutes",
+        _PLACE,
+        float,
+        30.0,
+        "Minutes after which a checkpoint is written inside an epoch; 0: only "
+        "at the end of each epoch, and when the run is asked to end.",
+        "[0, inf)",
+    ),
+    Setting(
+        "keep_checkpoints",
+        _PLACE,
+        int,
+        2,
+        "Number of last checkpoints that are kept: model.keras, "
+        "model.1.keras, ...",
+        "[1, 100]",
+    ),
+)
+BY_NAME = {setting.name: setting for setting in TABLE}
+
+
+def names(*roles: Role, **attributes: bool) -> tuple[str, ...]:
+    """The names of the settings of some roles.
+
+    Args:
+        *roles: Of the settings; all, if there is none.
+        **attributes: What attributes of a `Setting` have to be.
+    """
+    return tuple(
+        setting.name
+        for setting in TABLE
+        if setting.role in (roles or Role)
+        and all(getattr(setting, k) == v for k, v in attributes.items())
+    )
+
+
+NAMING = names(Role.NAMING)
+RECIPE = names(Role.RECIPE)
+RECORDED = names(Role.NAMING, Role.RECIPE, Role.EXECUTION)
+FIXED = names(fixed=True)
+
+FLAGS = flags.FLAGS
+for _setting in TABLE:
+    if _setting.flag:
+        _setting.define(FLAGS)
+
+
+def given() -> SimpleNamespace:
+    """The flags; where none is given, what the other settings make of it."""
+    config = {
+        setting.name: FLAGS[setting.name].value
+        for setting in TABLE
+        if setting.flag
+    }
+    config["backend"] = keras.backend.backend()
+    if config["jit_compile"] is None:
+        config["jit_compile"] = config["backend"] == "jax"
+    return SimpleNamespace(**_filled(config))
+
+
+def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run as it was saved, and those younger than it is.
+
+    A setting that a run lacks equals its default.
+    """
+    younger = {
+        setting.name: None
+        if isinstance(setting.default, Of)
+        else setting.default
+        for setting in TABLE
+        if setting.name in RECORDED and setting.name not in settings
+    }
+    return _filled({**younger, **settings})
+
+
+def _filled(config: dict[str, Any]) -> dict[str, Any]:
+    for setting in TABLE:  # in the order in which they depend on each other
+        default = setting.default
+        if (
+            isinstance(default, Of)
+            and config.get(setting.name) is None
+            and config.get(default.setting) in default.entries
+        ):
+            config[setting.name] = default.value(config)
+    return config
+
+
+def difference(
+    one: Mapping[str, Any], other: Mapping[str, Any], compared: Collection[str]
+) -> str | None:
+    """The first of some settings in which two runs differ; `None` if none."""
+    one, other = completed(one), completed(other)
+    for name in compared:
+        if one.get(name) != other.get(name):
+            return name
+    return None
+
+
+def is_default(name: str, value: Any) -> bool:
+    """Whether it is what a run without this setting was made with."""
+    known = BY_NAME.get(name)
+    return known is not None and value == known.default
+
+
+def flag(name: str) -> str:
+    """What a user sets a setting with."""
+    return f"--{name}" if BY_NAME[name].flag else f"KERAS_{name.upper()}"
+
+
+def check(config: SimpleNamespace) -> None:
+    """Refuses settings that do not go together."""
+    dataset = DATASETS[config.dataset]
+    network = NETWORKS[config.model]
+    if network.image_shape != dataset.image_shape:
+        fitting = [
+            name
+            for name, network in NETWORKS.items()
+            if network.image_shape == dataset.image_shape
+        ]
+        raise UserError(
+            f"--model={config.model} does not fit the {dataset.image_shape} "
+            f"images of --dataset={config.dataset}. Choose "
+            f"--model={'|'.join(fitting)}, or another data set."
+        )
+    if config.dropout and not network.drops:
+        raise UserError(
+            f"--dropout={config.dropout}: {config.model} has dropout of its "
+            "own. Leave it out, or choose another --model."
+        )
+    if config.normalization != "none" and network.normalizes:
+        raise UserError(
+            f"--normalization={config.normalization}: {config.model} has "
+            "BatchNormalization of its own. Leave it out, or choose another "
+            "--model."
+        )
+    wiring = METHODS[config.method].wiring
+    if config.feedback_maps != "dense" and wiring == "chain":
+        raise UserError(
+            f"--feedback_maps={config.feedback_maps}: {config.method} has no "
+            "fixed maps. Leave it out, or choose --method=dfa|dense_fa."
+        )
+    if config.feedback_scale != 1 and not draws(METHODS[config.method]):
+        drawing = [name for name, method in METHODS.items() if draws(method)]
+        raise UserError(
+            f"--feedback_scale={config.feedback_scale}: {config.method} has no "
+            "fixed random feedback to scale. Leave it out, or choose "
+            f"--method={'|'.join(drawing)}."
+        )
+    for name in ("image_size", "crop_area"):
+        value = getattr(config, name)
+        if value is not None and not network.resizable:
+            raise UserError(
+                f"--{name}={value}: the images of {config.dataset} have a size "
+                "of their own. Leave it out."
+            )
+    if config.virtual_devices and config.strategy != "mirrored":
+        raise UserError(
+            f"--virtual_devices={config.virtual_devices} are replicas of one "
+            "machine. Add --strategy=mirrored, or leave it out."
+        )
+    if config.tpu is not None and config.strategy != "tpu":
+        raise UserError(
+            f"--tpu={config.tpu} needs --strategy=tpu. Add it, or leave it out."
+        )
+    remote = config.tpu not in (None, "local")
+    if remote and not dataset.streamed:
+        raise UserError(
+            f"--tpu={config.tpu}: {config.dataset} is fed from this machine's "
+            "memory, which a remote TPU cannot read. Run it on the TPU VM "
+            "itself, with --tpu=local, or choose --dataset=imagenet2012."
+        )
+    if config.backend == "jax":
+        if config.strategy != "none":
+            raise UserError(
+                f"--strategy={config.strategy} is TensorFlow's, and Keras runs "
+                "on jax. Set KERAS_BACKEND=tensorflow, or leave it out."
+            )
+        if not config.jit_compile:
+            raise UserError(
+                "--nojit_compile: JAX always compiles. Leave it out, or set "
+                "KERAS_BACKEND=tensorflow."
+            )
+    elif config.strategy != "none" and config.jit_compile:
+        raise UserError(
+            f"--jit_compile does not work under --strategy={config.strategy}, "
+            "and a TPU compiles anyway. Leave one of the two out."
+        )
+    elif network.windowed and (config.jit_compile or config.strategy == "tpu"):
+        flag = "--jit_compile" if config.jit_compile else "--strategy=tpu"
+        raise UserError(
+            f"{flag}: TensorFlow cannot compile the random windows that "
+            f"--model={config.model} sees with XLA. Leave it out, or set "
+            "KERAS_BACKEND=jax."
+        )

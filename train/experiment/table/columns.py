@@ -1,0 +1,196 @@
+"""The columns of the paper's table: a data set, a network, and the rows."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+from absl import flags
+
+from experiment import commandline
+from experiment.errors import UserError
+from experiment.table.sweep import Failure
+from keras_fa.methods import METHODS
+
+CHAIN_ROWS = tuple(
+    "bp bp_noise bp_alignment fa fa_usf_init_ei fa_usf_init fa_usf_sn".split()
+)
+ROWS = (*CHAIN_ROWS, "dfa", "dense_fa")
+
+SETTLED = ("dataset", "model", "method", "flagfile")
+
+
+class Column(NamedTuple):
+    """A column of the table.
+
+    Attributes:
+        dataset: As main.py's flag.
+        model: As main.py's flag.
+        methods: Its rows.
+        recipe: What is not searched: flags of main.py that all cells share.
+        overrides: The same for single methods, in which it differs.
+    """
+
+    dataset: str
+    model: str
+    methods: tuple[str, ...]
+    recipe: tuple[str, ...] = ()
+    overrides: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+
+
+# As ImageNet is commonly trained; 0.01 is AlexNet's rate, for networks without
+# BatchNormalization. A weight decay of 1e-4 that is added to the gradients
+# takes learning rate x 1e-4 / (1 - 0.9) off a kernel each step, once momentum
+# 0.9 has summed it up; main.py takes learning rate x its own.
+_IMAGENET = (
+    "--epochs=90",
+    "--batch_size=256",
+    "--optimizer=sgd",
+    "--learning_rate=0.01",
+    "--warmup_epochs=5",
+    "--weight_decay=0.001",
+    "--label_smoothing=0.1",
+)
+
+# They diverged at 0.01 within 60 steps of imagenet_1 on 250 photos.
+_SLOWER = {
+    "fa": ("--learning_rate=0.001",),
+    "fa_usf_init_ei": ("--learning_rate=0.003",),
+}
+
+# All-CNN-C's dense maps between feature maps would fill 124 GB.
+_SMALL_MAPS = {"dense_fa": ("--feedback_maps=convolutional",)}
+
+COLUMNS = {
+    "mnist": Column("mnist", "mnist", ROWS, ("--epochs=6", "--dropout=0.5")),
+    # Where fixed signs cost much, BP E/I says what they cost by themselves,
+    # and SN E/I whether the magnitudes are to blame.
+    "cifar10_1": Column(
+        "cifar10",
+        "cifar10_1",
+        (*ROWS, "bp_ei", "fa_usf_sn_ei"),
+        ("--epochs=15", "--normalization=batch"),
+    ),
+    "cifar10_2": Column(
+        "cifar10",
+        "cifar10_2",
+        (*ROWS, "bp_ei", "fa_usf_sn_ei"),
+        ("--epochs=120", "--normalization=batch"),
+        _SMALL_MAPS,
+    ),
+    "imagenet_1": Column(
+        "imagenet2012", "imagenet_1", CHAIN_ROWS, _IMAGENET, _SLOWER
+    ),
+    "imagenet_2": Column(
+        "imagenet2012",
+        "imagenet_2",
+        (*CHAIN_ROWS, "bp_const", "fa_usf_const", "fa_usf_const_ei"),
+        _IMAGENET,
+        _SLOWER,
+    ),
+    "digits": Column("digits", "digits", tuple(METHODS)),
+}
+
+
+def cell(column: str, method: str) -> list[str]:
+    """The arguments of main.py for a cell of the table.
+
+    They are its flag file. On digits, a column that the paper lacks, there are
+    none, and the defaults of the data set are the recipe of every method.
+
+    Raises:
+        UserError: If there is no flag file.
+    """
+    if column == "digits":
+        return unsearched(column, method)
+    flagfile = commandline.FLAGFILES / f"{column}_{method}.flags"
+    if not flagfile.is_file():
+        raise UserError(
+            f"--methods: the cell {column} {method} has no recipe, for there "
+            f"is no {flagfile}. Search one: python train/search.py "
+            f"--column={column} --methods={method} --write."
+        )
+    return [f"--flagfile={flagfile}"]
+
+
+def unsearched(column: str, method: str) -> list[str]:
+    """The arguments of main.py for a cell, but for what is searched."""
+    dataset, model, _, recipe, overrides = COLUMNS[column]
+    own = overrides.get(method, ())
+    replaced = {name(flag) for flag in own}
+    return [
+        f"--dataset={dataset}",
+        f"--model={model}",
+        f"--method={method}",
+        *(flag for flag in recipe if name(flag) not in replaced),
+        *own,
+        "--alignment_every=1",
+    ]
+
+
+def name(argument: str) -> str:
+    """The name of the flag `--name=value`."""
+    return argument.lstrip("-").partition("=")[0]
+
+
+def refuse(arguments: list[str], names: Sequence[str], why: str) -> None:
+    """Refuses flags of main.py that are settled otherwise.
+
+    Args:
+        arguments: Flags as they are given.
+        names: Of those to refuse.
+        why: A sentence for the message.
+
+    Raises:
+        UserError: If one of `names` is among the arguments.
+    """
+    for argument in arguments:
+        if name(argument) in names:
+            raise UserError(f"{argument} cannot be given here. {why}")
+
+
+def fail(failed: Mapping[str, Failure]) -> None:
+    """Ends a program whose runs failed with a line on each.
+
+    Raises:
+        UserError: If there are any.
+    """
+    if failed:
+        raise UserError(
+            f"{len(failed)} run(s) failed: "
+            + "; ".join(f"{name}: {f.reason}" for name, f in failed.items())
+        )
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags that choose cells of the table."""
+    flags.DEFINE_enum(
+        "column",
+        None,
+        list(COLUMNS),
+        "Column of the table.",
+        required=True,
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "methods",
+        None,
+        "Rows of the table, separated by commas. By default all of the "
+        "column's.",
+        flag_values=values,
+    )
+
+
+def chosen_methods(column: str, names: list[str] | None) -> list[str]:
+    """The methods that a user names, or else all of the column's.
+
+    Raises:
+        UserError: If a name is unknown.
+    """
+    for method in names or []:
+        if method not in METHODS:
+            raise UserError(
+                f"--methods: unknown method {method!r}. Allowed: "
+                f"{', '.join(METHODS)}."
+            )
+    return list(dict.fromkeys(names or COLUMNS[column].methods))

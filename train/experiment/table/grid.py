@@ -1,0 +1,151 @@
+"""A search: each method at each point of a grid, and what is best."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from experiment import commandline
+from experiment import files
+from experiment import markdown
+from experiment import settings
+from experiment.errors import UserError
+from experiment.table import columns
+from experiment.table import sweep
+from keras_fa.methods import METHODS
+
+# All runs are equally long.
+RECIPE = tuple(name for name in settings.RECIPE if name != "epochs")
+
+
+@dataclasses.dataclass
+class Grid:
+    """The points at which each method of a column is tried.
+
+    Args:
+        column: Of the table.
+        methods: Its rows.
+        points: Flags of main.py, separated by spaces.
+        runs_dir: Folder for the runs.
+        rest: Flags of main.py that all runs are given.
+
+    Attributes:
+        results: `result.json` of each method and point; `None` where a run
+            diverged, or where another process is at it.
+
+    Raises:
+        UserError: If a flag is not where it belongs.
+    """
+
+    column: str
+    methods: list[str]
+    points: list[str]
+    runs_dir: Path
+    rest: list[str] = dataclasses.field(default_factory=list)
+    results: dict[tuple[str, str], dict[str, Any] | None] = dataclasses.field(
+        default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        settled = (*columns.SETTLED, "test", "notest", "seed", *RECIPE)
+        columns.refuse(self.rest, settled, "A --point is where a recipe is.")
+        for point in self.points:
+            names = [columns.name(flag) for flag in point.split()]
+            columns.refuse(
+                point.split(),
+                [name for name in names if name not in RECIPE],
+                f"A --point holds flags of {', '.join(RECIPE)}.",
+            )
+
+    def search(self) -> list[str]:
+        """Does all runs; returns the names of those that are missing.
+
+        Raises:
+            UserError: If a run failed, but for one that diverged.
+        """
+        jobs = {
+            (method, point): self._job(method, point)
+            for method in self.methods
+            for point in self.points
+        }
+        failed = sweep.run(list(jobs.values()))
+        columns.fail({n: f for n, f in failed.items() if not f.diverged})
+        self.results = {cell: sweep.result(job) for cell, job in jobs.items()}
+        return [
+            job.name
+            for cell, job in jobs.items()
+            if self.results[cell] is None and job.name not in failed
+        ]
+
+    def _job(self, method: str, point: str) -> sweep.Job:
+        folder = point.replace("--", "").replace(" ", ",")
+        return sweep.job(
+            f"{self.column} {method} {point}",
+            [
+                *columns.unsearched(self.column, method),
+                *point.split(),
+                "--notest",
+                "--alignment_every=0",
+                f"--runs_dir={self.runs_dir / self.column / folder}",
+                *self.rest,
+            ],
+        )
+
+    def table(self) -> str:
+        """The validation errors in percent, the least of each method marked.
+
+        A point without a result has none.
+        """
+        rows = []
+        for method in self.methods:
+            best = self.choose(method)
+            rows.append([method])
+            for point in self.points:
+                found = self.results[method, point]
+                text = f"{found['validation_error']:.2f}" if found else "-"
+                rows[-1].append(f"**{text}**" if point == best else text)
+        points = (f"`{point}`" for point in self.points)
+        return markdown.table(["validation error, %", *points], rows)
+
+    def choose(self, method: str) -> str | None:
+        """The point of least validation error, the first one of equals."""
+        errors = {
+            point: self.results[method, point]["validation_error"]
+            for point in self.points
+            if self.results[method, point] is not None
+        }
+        return min(errors, key=errors.get) if errors else None
+
+    def write(self, method: str) -> None:
+        """Writes the flag file of a cell.
+
+        Raises:
+            UserError: If there is no result to go by.
+        """
+        best = self.choose(method)
+        if best is None:
+            raise UserError(
+                f"{self.column} {method}: every --point diverged, so no flag "
+                "file is written. Give other points."
+            )
+        found = self.results[method, best]
+        fixed = columns.unsearched(self.column, method)
+        searched = {columns.name(flag) for flag in best.split()}
+        lines = [
+            f"# {METHODS[method].title}, column {self.column} of the paper's "
+            "table.",
+            f"# Searched: {best}, of least validation error "
+            f"({found['validation_error']:.2f} %,",
+            f"# {found['epochs']} epoch(s), seed {found['seed']}) among "
+            f"{' | '.join(self.points)}.",
+            *(
+                f"# Diverged: {point}"
+                for point in self.points
+                if self.results[method, point] is None
+            ),
+            *(flag for flag in fixed if columns.name(flag) not in searched),
+            *best.split(),
+        ]
+        file = commandline.FLAGFILES / f"{self.column}_{method}.flags"
+        text = "\n".join(lines) + "\n"
+        files.replace(file, lambda aside: aside.write_text(text, "utf-8"))
+        print(f"Wrote {file}.")
