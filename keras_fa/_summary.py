@@ -64,7 +64,7 @@ def _feedback_of(
     """Label, rule in words and stored weight of each way down of a layer."""
     if isinstance(layer, SendError) and layer.built:
         return [
-            (layer.name, f"{layer.feedback_maps} map to {name}", stored)
+            (layer.path, f"{layer.feedback_maps} map to {name}", stored)
             for name, stored in layer.stored_feedback().items()
         ]
     if not isinstance(layer, FeedbackLayer) or not layer.built:
@@ -72,7 +72,7 @@ def _feedback_of(
     several = len(layer.kernel_names) > 1
     return [
         (
-            f"{layer.name}/{path.kernel.name}" if several else layer.name,
+            f"{layer.path}/{path.kernel.name}" if several else layer.path,
             ", ".join(
                 [_in_words(path.rule), *map(_name, path.fixed.constraints)]
             ),
@@ -83,9 +83,16 @@ def _feedback_of(
 
 
 def _in_words(rule: constraints.FeedbackConstraint) -> str:
-    given = [f"{k}={v}" for k, v in rule.get_config().items() if v]
+    if isinstance(rule, constraints.Stored):
+        inner = rule.constraint
+        return "stored" if inner is None else f"{_name(inner)}(stored)"
+    given = [
+        f"{name}={value}"
+        for name, value in rule.get_config().items()
+        if value is not None and value is not False
+    ]
     return f"{_name(rule)}({', '.join(given)})" if given else _name(rule)
 
 
 def _name(constraint: object) -> str:
-    return type(constraint).__name__
+    return getattr(constraint, "__name__", type(constraint).__name__)

@@ -144,8 +144,8 @@ class AlignmentMonitor(keras.callbacks.Callback):
         every: Positive integer: epochs between two measurements. Default 1.
         loss: The loss function of the gradients. Default `None`: the one that
             the model was compiled with.
-        in_logs: Whether the measures join the logs of an epoch, which the
-            callbacks after this one, `History` and the progress bar see.
+        in_logs: Whether the last measures join the logs of each epoch, which
+            the callbacks after this one, `History` and the progress bar see.
             Default `False`.
 
     Attributes:
@@ -224,7 +224,7 @@ class AlignmentMonitor(keras.callbacks.Callback):
         if not self.model.built:
             self.model(self.probe[0])
         self._measure = alignment_function(self.model, self.loss)
-        self.start = _flat(self._measure(*self.probe))
+        self._last = self.start = _flat(self._measure(*self.probe))
         self.columns = list(self.start)
         if self.log_dir is not None and self._writer is None:
             import tensorflow as tf
@@ -239,14 +239,12 @@ class AlignmentMonitor(keras.callbacks.Callback):
                     )
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        if (epoch + 1) % self.every:
-            return
-        measures = _flat(self._measure(*self.probe))
-        self.history[epoch] = measures
+        if (epoch + 1) % self.every == 0:
+            self._last = self.history[epoch] = _flat(self._measure(*self.probe))
+            if self._writer is not None:
+                self._write(epoch, self._last)
         if self.in_logs and logs is not None:
-            logs.update(measures)
-        if self._writer is not None:
-            self._write(epoch, measures)
+            logs.update(self._last)
 
     def _write(self, epoch: int, measures: dict[str, float]) -> None:
         import tensorflow as tf

@@ -172,6 +172,21 @@ def test_masks_are_shared_and_nothing_moves(method: str) -> None:
         assert measure(X, Y) != first
 
 
+@pytest.mark.parametrize("method", ["fa", "fa_usf_init", "fa_usf_sn", "bp"])
+def test_a_compiled_measure_follows_the_weights(method: str) -> None:
+    model = convert(network(), method)
+    measure = alignment_function(model, "mse")
+    measure(X, Y)
+    layer = model.get_layer("hidden")
+    layer.kernel.assign(RNG.uniform(-2, 1, layer.kernel.shape))
+    found = measure(X, Y)["hidden"]
+    kernel, feedback = layer.kernel, layer.effective_feedback_kernel()
+    wanted = exact_angle(np.array(feedback), np.array(kernel))
+    assert found["angle"] == pytest.approx(wanted, abs=1e-3)
+    ratio = np.linalg.norm(feedback) / np.linalg.norm(kernel)
+    assert found["norm_ratio"] == pytest.approx(float(ratio), rel=1e-5)
+
+
 def test_known_angles() -> None:
     stock = keras.Sequential(
         [keras.Input((300,))]

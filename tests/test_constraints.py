@@ -849,5 +849,9 @@ def test_units_of_one_sign_and_feedback_of_one_magnitude_are_told() -> None:
         warnings.simplefilter("error")
         dense(kernel_constraint=synapse, feedback_constraint=strict)
         layer = dense(kernel_constraint=unit, feedback_constraint=loose)
+        # Here each input has an error of its own.
+        keras_fa.FADepthwiseConv2D(
+            1, depthwise_constraint=unit, feedback_constraint=strict
+        ).build((None, 4, 4, 3))
     with pytest.warns(UserWarning, match="keep the readout free"):
         StrictNormalization().apply(layer)

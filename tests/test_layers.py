@@ -801,6 +801,14 @@ def test_lora_and_quantization_are_refused(case: str) -> None:
         QUANTIZED[case]()
 
 
+def test_a_quantized_policy_by_the_path_is_refused() -> None:
+    policies = keras.dtype_policies.DTypePolicyMap()
+    policies["by_path"] = keras.dtype_policies.get("int8_from_float32")
+    layer = FADense(2, dtype=policies, name="by_path")
+    with pytest.raises(ValueError, match="neither LoRA nor quantization"):
+        layer.build((None, 3))
+
+
 @pytest.mark.parametrize(
     "policy", ["int8_from_float32", "int4_from_float32", "float8_from_float32"]
 )

@@ -29,9 +29,11 @@ from experiment.errors import Diverged
 from experiment.errors import Stopped
 from experiment.errors import UserError
 from experiment.runfolder import checkpoint
+from experiment.runfolder import lock
 from experiment.runfolder import writer
 from experiment.runfolder.progress import Partial
 from experiment.runfolder.progress import Progress
+from experiment.runfolder.termination import Termination
 
 NAME = "digits-digits-fa_usf_sn-s0"
 # Ten steps an epoch, with random state.
@@ -152,15 +154,17 @@ def test_terminated_run_goes_on(whole, tmp_path, monkeypatch, capfd):
     # By a batch system and by Ctrl-C.
     by = itertools.cycle([signal.SIGTERM, signal.SIGINT])
     for event, epoch, index, place in moments:
+        number = next(by)
         with monkeypatch.context() as patch:
-            terminate_at(patch, event, epoch, index, next(by))
-            assert begin(tmp_path, "--resume") == 0
+            terminate_at(patch, event, epoch, index, number)
+            status = 130 if number == signal.SIGINT else 0
+            assert begin(tmp_path, "--resume") == status
         output, errors = capfd.readouterr()
         last = output.strip().splitlines()[-1]
         assert last.startswith(f"{folder}: stopped")
         assert place in last
         assert "--resume" in last
-        assert errors == ""
+        assert bool(errors) == (number == signal.SIGINT), errors
         assert not (folder / "result.json").exists()
         assert signal.getsignal(signal.SIGTERM) is before
     assert begin(tmp_path, "--resume") == 0
@@ -198,6 +202,47 @@ def test_terminated_before_training(tmp_path, monkeypatch, capfd):
     assert output == f"{tmp_path / NAME}: stopped; go on with --resume.\n"
     assert errors == ""
     assert not (tmp_path / NAME).exists()
+
+
+def test_interrupted(monkeypatch, capfd):
+    """At once where there is nothing to save, and by the second Ctrl-C."""
+
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with Termination() as termination:
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+        assert not termination.asked
+        termination.saves = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert termination.asked
+        assert not termination.interrupted
+        interrupt()
+        assert termination.interrupted
+        assert "again interrupts at once" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    assert signal.getsignal(signal.SIGINT) is before
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a job in background
+    try:
+        with Termination() as termination:
+            interrupt()
+        assert not termination.asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_look_at_a_lock_changes_nothing(tmp_path):
+    folder = tmp_path / "run"
+    assert not lock.is_held(folder)
+    folder.mkdir()
+    assert not lock.is_held(folder)
+    assert not list(folder.iterdir())
+    with lock.held(folder):
+        assert lock.is_held(folder)
+    assert not lock.is_held(folder)
 
 
 # Killed.

@@ -73,6 +73,17 @@ def test_committed_results_count():
         assert sweep.result(job) is not None, method
 
 
+def test_other_steps_are_another_recipe(tmp_path):
+    """Steps of one execution round an epoch down: 421 to 400 of them."""
+    arguments = [*columns.cell("mnist", "fa"), "--seed=0"]
+    arguments += ["--steps_per_execution=100", f"--runs_dir={tmp_path}"]
+    job = sweep.job("fa", arguments, RESULTS / "mnist")
+    assert sweep.result(job) is None
+    assert "400 are asked for" in sweep.conflict(job, job.finished)
+    runs = [run_of(seed=0), run_of(seed=1, steps_per_epoch=400)]
+    assert "differ in steps_per_epoch" in cells.not_comparable(runs)
+
+
 @pytest.mark.parametrize("name", settings.names(Role.EXECUTION))
 def test_execution_never_splits_a_cell(name):
     runs = [run_of(seed=0), run_of(**{"seed": 1, name: "other"})]

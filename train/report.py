@@ -18,8 +18,8 @@ same table. "open" is where others have a figure and we have no run to show. A
 setting that a run does not say, for it is younger, is at its default.
 
 Runs that are damaged, unfinished or of a search without a test error are named
-and skipped. A method whose runs differ in more than the seed, or that has two
-of one seed, is named and left out.
+and skipped. A method whose runs differ in what is learned and not in the seed
+alone, or that has two of one seed, is named and left out.
 """
 
 import sys
@@ -28,13 +28,14 @@ from pathlib import Path
 import experiment  # noqa: F401 - before anything imports Keras
 
 # isort: split
+from experiment.commandline import HELP
 from experiment.errors import UserError
 from experiment.table.report import report
 
 
 def run(argv: list[str]) -> int:
     """Runs the program on a command line and returns its exit status."""
-    if argv[1:] in (["--help"], ["-h"]):
+    if HELP.intersection(argv) or "-h" in argv:
         print(__doc__)
         return 0
     if len(argv) != 2:

@@ -36,6 +36,7 @@ class _Depthwise(FeedbackLayer):
     """Mixin of the depthwise convolutions."""
 
     kernel_constraint_arguments = ("depthwise_constraint",)
+    depthwise_kernels = ("kernel",)
 
 
 class _Separable(FeedbackLayer):
@@ -47,6 +48,7 @@ class _Separable(FeedbackLayer):
     """
 
     kernel_names = ("depthwise_kernel", "pointwise_kernel")
+    depthwise_kernels = ("depthwise_kernel",)
     kernel_constraint_arguments = (
         "depthwise_constraint",
         "pointwise_constraint",

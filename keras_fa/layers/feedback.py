@@ -60,6 +60,7 @@ class FeedbackPath:
         feedback_kernel: The stored weight; `None` where nothing is stored.
         rule: The rule.
         fixed: What the kernel's constraint remembers of it.
+        mixes: Whether each input meets all outputs.
         attributes: What the layer is to have as attributes, by name: the
             stored feedback kernel, what the rule keeps, and what the kernel's
             constraint remembers where that is a weight.
@@ -72,6 +73,7 @@ class FeedbackPath:
             constraints.Stored(None) if given is None else copy.copy(given)
         )
         self.fixed = constraints.Chain(constraints.parts_of(kernel.constraint))
+        self.mixes = name not in layer.depthwise_kernels
         self.feedback_kernel = None
         self.attributes = {}
         pairwise = isinstance(
@@ -168,8 +170,9 @@ class FeedbackPath:
 
     def current(self) -> Tensor:
         """B now. Reading it advances no random state."""
+        kernel = ops.convert_to_tensor(self.kernel)  # of the scope around
         with _gradients.isolated(self.variables.values()):
-            return self.effective(ops.convert_to_tensor(self.kernel))
+            return self.effective(kernel)
 
     def warn_if_equal(self) -> None:
         """Warns where one error goes to all inputs, up to its sign."""
@@ -180,12 +183,13 @@ class FeedbackPath:
         strict = isinstance(self.rule, constraints.SignConcordance) and (
             self.rule.strict
         )
-        if units and strict and len(self.kernel.shape) > 1:
+        if units and strict and self.mixes:
             warnings.warn(
                 f"'{self.kernel.path}' has FixedSign(per='unit') and feedback "
-                "of one magnitude: all of its inputs receive the sum of the "
-                "errors above, up to their sign. Below a softmax that is 0, "
-                "and nothing learns. Use a rule with magnitudes that differ, "
+                "of one magnitude: all of its inputs (of a window, in a "
+                "convolution) receive the sum of the errors above, up to their "
+                "sign. Below a softmax it is 0, and nothing learns. Use a rule "
+                "with magnitudes that differ, "
                 "feedback_constraint='sign_concordance', and keep the readout "
                 "free.",
                 stacklevel=5,
@@ -243,6 +247,7 @@ class FeedbackLayer:
     kernel_constraint_arguments: ClassVar[tuple[str, ...]] = (
         "kernel_constraint",
     )
+    depthwise_kernels: ClassVar[tuple[str, ...]] = ()
     stock_peers: tuple[str, ...] = ()
     stock_class: ClassVar[type] = object
 
@@ -333,6 +338,9 @@ class FeedbackLayer:
 
     def build(self, input_shape: tuple) -> None:
         """As the stock layer's `build`, then adds the feedback weights."""
+        mode = getattr(self, "quantization_mode", None)
+        if mode is not None:  # of a policy that goes by the layer's path
+            _refuse(type(self).__name__, f"quantization_mode={mode}")
         super().build(input_shape)
         try:
             for name in self.kernel_names:

@@ -23,7 +23,8 @@ class Console(keras.callbacks.Callback):
     """Says how far a run is, and how long it will take.
 
     Once a minute within an epoch where Keras shows no progress bar, and after
-    each epoch as long as a minute or more is left of the run.
+    each whole epoch as long as a minute or more is left of the run. The first
+    steps, which compile, are not counted.
 
     Args:
         epochs: Of the whole run.
@@ -35,31 +36,34 @@ class Console(keras.callbacks.Callback):
         self.epochs = epochs
         self.steps = steps
 
-    @property
-    def _steps(self) -> int:
-        """Of this epoch: one that was left inside has fewer than others."""
-        return (self.params or {}).get("steps") or self.steps
-
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._epoch = epoch
-        self._began = self._said = time.monotonic()
+        self._first = self._done = None
+        # An epoch that was left inside has fewer steps than others.
+        self._steps = (self.params or {}).get("steps") or self.steps
+        self._said = time.monotonic()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         now = time.monotonic()
-        if now - self._said < EVERY or sys.stdout.isatty():
+        if self._first is None:
+            self._first, self._began = batch, now
+        self._done = batch - self._first
+        if not self._done or now - self._said < EVERY or sys.stdout.isatty():
             return
         self._said = now
-        steps = self._steps
-        left = steps - batch - 1 + (self.epochs - self._epoch - 1) * self.steps
-        pace = (now - self._began) / (batch + 1)
+        left = self._steps - batch - 1
+        left += (self.epochs - self._epoch - 1) * self.steps
+        pace = (now - self._began) / self._done
         print(
             f"epoch {self._epoch + 1} of {self.epochs}, step {batch + 1} of "
-            f"{steps}; {in_words(left * pace)} left",
+            f"{self._steps}; {in_words(left * pace)} left",
             flush=True,
         )
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        pace = (time.monotonic() - self._began) / self._steps
+        if not self._done or self._steps < self.steps:
+            return
+        pace = (time.monotonic() - self._began) / self._done
         left = (self.epochs - epoch - 1) * self.steps * pace
         if left >= EVERY:
             print(f"{in_words(left)} left", flush=True)

@@ -48,17 +48,20 @@ def train(config: SimpleNamespace) -> None:
     Of several workers each does this, and the chief alone uses the folder.
     """
     settings.check(config)
+    termination = Termination()
     try:
         placement = STRATEGIES[config.strategy](
             config.virtual_devices, config.tpu
         )
         # After that: TensorFlow's workers hear SIGTERM themselves.
-        with Termination() as termination, ExitStack() as stack:
+        with termination, ExitStack() as stack:
             stack.enter_context(placement.watched())
             Run(config, placement, termination, stack).go()
     except Stopped as stopped:
         # Below Keras's progress bar, where there is one.
         print("\n" * sys.stdout.isatty() + str(stopped), flush=True)
+        if termination.interrupted:
+            raise KeyboardInterrupt from stopped
 
 
 class Run:
@@ -114,6 +117,7 @@ class Run:
         self._stop_if_asked()
         self.placement.tell(lambda: self._make_folder())
         self._announce()
+        self.termination.saves = True
         with (
             self.source.reading(),
             writer.written_to(self.folder, self.progress),

@@ -503,7 +503,7 @@ def _filled(config: dict[str, Any]) -> dict[str, Any]:
         if (
             isinstance(default, Of)
             and config.get(setting.name) is None
-            and config.get(default.setting) in default.entries
+            and str(config.get(default.setting)) in default.entries
         ):
             config[setting.name] = default.value(config)
     return config

@@ -73,9 +73,13 @@ def held(folder: Path) -> Iterator[Callable[[], None]]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process is at a run."""
+    """Whether a process is at a run, as far as that can be seen."""
+    if not (folder / LOCK).exists():
+        return False
     try:
-        with held(folder):
+        with FileLock(folder / LOCK).acquire(PATIENCE, POLL):
             return False
-    except Busy:
+    except Timeout:
         return True
+    except (OSError, NotImplementedError):
+        return False

@@ -19,7 +19,7 @@ from experiment.table.published import Task
 from keras_fa.methods import METHODS
 
 # What decides what is learned besides the settings.
-FACTS = ("training_images", "parameters", "lengths")
+FACTS = ("training_images", "steps_per_epoch", "parameters", "lengths")
 # What the first runs do not say.
 UNSAID = ("training_images",)
 

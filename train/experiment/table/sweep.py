@@ -132,6 +132,16 @@ def conflict(job: Job, folder: Path | None = None) -> str:
             f"{folder} holds a run of {name}={found.get(name)}, and "
             f"{name}={job.settings[name]} is asked for."
         )
+    steps = found.get("steps_per_epoch")
+    if steps is not None:
+        batch = found["batch_size"]
+        whole = found.get("training_images", steps * batch) // batch
+        wanted = whole - whole % job.settings["steps_per_execution"]
+        if steps != wanted:
+            return (
+                f"{folder} holds a run of {steps} steps an epoch, and "
+                f"{wanted} are asked for."
+            )
     if "lengths" in found:
         return (
             f"{folder} holds a run whose --epochs was changed on the way: "

@@ -30,7 +30,7 @@ def bytes_of(model: keras.Model) -> int:
 
 
 def operations_of(model: keras.Model, batch_size: int) -> int:
-    """Operations of a step of backpropagation; the module has the formula."""
+    """Operations of a step of backpropagation, by the package's formula."""
     multiply_adds = [
         math.prod(layer.output.shape[1:-1]) * math.prod(layer.kernel.shape)
         for layer in model.layers
