@@ -588,12 +588,12 @@ def test_search_never_looks_at_the_test_images(tmp_path, monkeypatch, capfd):
     digits = datasets.DATASETS["digits"]
 
     def without_test(config):
-        found = digits.source(config)
+        found = digits.open(config)
         found._splits = found._splits._replace(test=None)
         return found
 
     monkeypatch.setitem(
-        datasets.DATASETS, "digits", digits._replace(source=without_test)
+        datasets.DATASETS, "digits", digits._replace(open=without_test)
     )
     assert main.run([*looks, "--notest"]) == 0
     assert "were not looked at" in capfd.readouterr().out
@@ -828,7 +828,7 @@ def test_rows_that_the_paper_leaves_open_for_memory(method):
 
 def test_maps_that_do_not_fit_say_what_does(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("keras_fa.conversion._machine_memory", lambda: 2**34)
-    cifar10 = datasets.DATASETS["cifar10"]._replace(source=few_images)
+    cifar10 = datasets.DATASETS["cifar10"]._replace(open=few_images)
     monkeypatch.setitem(datasets.DATASETS, "cifar10", cifar10)
     status = main.run(
         ["main.py", "--dataset=cifar10", "--model=cifar10_2", "--epochs=1",

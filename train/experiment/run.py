@@ -170,7 +170,6 @@ class Run:
                 f"{self.placement.replicas} replicas. Give a multiple of "
                 f"{self.placement.replicas}."
             )
-
         config = self.config
         self.source = DATASETS[config.dataset].open(config)
         self.recorded["training_images"] = self.source.training_images

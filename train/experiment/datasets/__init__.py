@@ -28,8 +28,9 @@ class Dataset(NamedTuple):
     """A data set and the settings which train it well.
 
     Attributes:
-        source: Opens it for a run: settings to an `Arrays`, or to a stream
-            that offers the same, such as `photos.Photos`.
+        open: Its images for a run: settings to an `Arrays`, or to a stream
+            that offers the same, such as `photos.Photos`. Raises a UserError
+            if they are not there, or cannot be read.
         image_shape: Height, width and channels of its images.
         classes: How many there are.
         scaling: Makes the layer that scales pixels.
@@ -43,7 +44,7 @@ class Dataset(NamedTuple):
         images: Of a data set of which there are samples, all training images.
     """
 
-    source: Callable[[SimpleNamespace], Any]
+    open: Callable[[SimpleNamespace], Any]
     image_shape: tuple[int, int, int]
     classes: int
     scaling: Callable[[], keras.layers.Layer]
@@ -55,14 +56,6 @@ class Dataset(NamedTuple):
     mirror: bool = False
     streamed: bool = False
     images: int = 0
-
-    def open(self, config: SimpleNamespace) -> Any:
-        """Its images for a run of some settings.
-
-        Raises:
-            UserError: If they are not there, or cannot be read.
-        """
-        return self.source(config)
 
     def preprocessing(
         self, input_shape: tuple[int, int, int], pad: int = 0
@@ -86,7 +79,7 @@ def _in_memory(load: Callable[..., Splits], **about: Any) -> Dataset:
         **about: The other attributes of `Dataset`.
     """
 
-    def source(config: SimpleNamespace) -> Arrays:
+    def arrays(config: SimpleNamespace) -> Arrays:
         splits = load(
             about["image_shape"],
             about["classes"],
@@ -97,7 +90,7 @@ def _in_memory(load: Callable[..., Splits], **about: Any) -> Dataset:
             splits, about["classes"] if config.label_smoothing else None
         )
 
-    return Dataset(source, **about)
+    return Dataset(arrays, **about)
 
 
 def _photos(config: SimpleNamespace) -> Any:
