@@ -10,6 +10,7 @@ from keras_fa import callbacks
 from keras_fa import constraints
 from keras_fa import initializers
 from keras_fa import layers
+from keras_fa import learning
 from keras_fa import methods
 from keras_fa import regularizers
 from keras_fa._summary import summary
@@ -29,6 +30,7 @@ __all__ = [
     "convert",
     "initializers",
     "layers",
+    "learning",
     "load_stock_weights",
     "methods",
     "refresh",

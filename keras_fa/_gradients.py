@@ -4,7 +4,8 @@ Backpropagation sends the error `dy` that arrives at a layer down through the
 transpose of the layer's own kernel, `dx = op^T(dy, W)`. Feedback alignment
 sends it through another kernel, `dx = op^T(dy, B)`, and leaves the rest as it
 is: the output is `op(x, W)` and the kernel's own gradient is the true local
-product of `x` and `dy`.
+product of `x` and `dy`. Where B learns, it receives a gradient of its own, made
+of that product, and passes it on to the weights that it is made of.
 
 All that the package needs of a backend's automatic differentiation is what the
 modules `_tensorflow` and `_jax` define:
@@ -19,6 +20,7 @@ modules `_tensorflow` and `_jax` define:
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -28,6 +30,8 @@ from collections.abc import Sequence
 import keras
 
 from keras_fa._types import Feedback
+from keras_fa._types import Gradients
+from keras_fa._types import Learn
 from keras_fa._types import LinearOp
 from keras_fa._types import Tensor
 
@@ -50,6 +54,7 @@ def feedback_op(
     x: Tensor,
     kernels: Sequence[Tensor],
     biases: Sequence[Tensor],
+    learn: Learn | None = None,
 ) -> Tensor:
     """Computes `op(x, W)` and sends the error down through B.
 
@@ -63,29 +68,39 @@ def feedback_op(
         op: `op(x, kernels, biases)`, linear in `x` and in each kernel, and a
             function of these tensors alone.
         feedback: The rule: a function of the kernels W that returns the
-            kernels B, each of its kernel's shape. They receive no gradient.
+            kernels B, each of its kernel's shape.
         x: The input.
         kernels: Forward kernels W in the order in which `x` meets them.
         biases: What else `op` reads and is trained; may be empty.
+        learn: A function of the gradients dW that returns those of the
+            kernels B; nothing of these reaches W. Default `None`: they receive
+            no gradient.
 
     Returns:
         The tensor `op(x, W)`.
     """
     return backend.custom_gradient(
-        op, feedback, _feedback_gradient, x, list(kernels), list(biases)
+        op,
+        feedback,
+        functools.partial(_feedback_gradient, learn),
+        x,
+        list(kernels),
+        list(biases),
+        learn is not None,
     )
 
 
 def _feedback_gradient(
+    learn: Learn | None,
     op: LinearOp,
     x: Tensor,
     forward: list[Tensor],
     biases: list[Tensor],
     back: list[Tensor],
     dy: Tensor,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+) -> Gradients:
     """`dx = op^T(dy, B)`, and the true local products of `x` and `dy`."""
-    (dx,) = backend.pullback(lambda x: op(x, back, biases), [x], dy)
+    dx = transposed(lambda x: op(x, back, biases), x, dy)
     of_kernels, of_biases = [], []
     for i, kernel in enumerate(forward):
         # What x meets before this kernel is W, what it meets after it B.
@@ -95,7 +110,14 @@ def _feedback_gradient(
 
         of_kernel, *of_biases = backend.pullback(local, [kernel, *biases], dy)
         of_kernels.append(of_kernel)
-    return dx, of_kernels, of_biases
+    of_feedback = None if learn is None else learn(of_kernels)
+    return dx, of_kernels, of_biases, of_feedback
+
+
+def transposed(op: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Tensor:
+    """`op^T(dy)`, of the shape of `x`."""
+    (dx,) = backend.pullback(op, [x], dy)
+    return dx
 
 
 def send_error(
@@ -103,25 +125,33 @@ def send_error(
     receivers: Sequence[Tensor],
     maps: Sequence[Tensor],
     carry: Sequence[Callable[[Tensor, Tensor], Tensor]],
+    learn: Learn | None = None,
+    signal: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The identity on `source`, whose error also goes to the receivers.
 
     With `e` the error that arrives at the output, `source` receives `e` and
-    receiver l receives `carry_l(e, M_l)`.
+    receiver l receives `carry_l(e, M_l)`. Where maps learn, they do of the
+    products of `e` and the receivers' activities r_l, the gradients of
+    `<carry_l(e, M_l), r_l>` with respect to M_l.
 
     Args:
         source: A tensor of shape `(batch, ...)`.
         receivers: Tensors of shape `(batch, ...)`.
-        maps: For each receiver a kernel M_l. They receive no gradient.
+        maps: For each receiver a kernel M_l.
         carry: For each receiver a function of `e` and M_l, both of the
             receiver's dtype, that returns an error of the receiver's shape.
+        learn: A function of these products that returns the gradients of the
+            maps. Default `None`: they receive none.
+        signal: A function of `e` and `source` that returns what is sent to the
+            receivers in the place of `e`. Default `None`: `e`.
 
     Returns:
         `source`, unchanged.
     """
 
     # Tensors, in plain lists: variables and lists of Keras's hold layers.
-    maps, carry = list(map(keras.ops.stop_gradient, maps)), list(carry)
+    maps, carry = list(map(keras.ops.convert_to_tensor, maps)), list(carry)
 
     def gradient(
         _: LinearOp,
@@ -130,13 +160,19 @@ def send_error(
         no_biases: list[Tensor],
         maps: list[Tensor],
         e: Tensor,
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        # In the receiver's precision: logits are float32 under any policy.
-        errors = [
-            to(keras.ops.cast(e, r.dtype), keras.ops.cast(m, r.dtype))
-            for to, r, m in zip(carry, receivers, maps)
-        ]
-        return e, errors, no_biases
+    ) -> Gradients:
+        sent = e if signal is None else signal(e, source)
+        errors, of_maps = [], []
+        for to, r, m in zip(carry, receivers, maps):
+            # In the receiver's precision: logits are float32 by any policy.
+            def by(m: Tensor, to: Callable = to, r: Tensor = r) -> Tensor:
+                given = keras.ops.cast(sent, r.dtype)
+                return to(given, keras.ops.cast(m, r.dtype))
+
+            errors.append(by(m))
+            if learn is not None:
+                of_maps += backend.pullback(by, [m], r)
+        return e, errors, no_biases, learn and learn(of_maps)
 
     return backend.custom_gradient(
         lambda source, receivers, _: source,
@@ -145,6 +181,7 @@ def send_error(
         source,
         list(receivers),
         [],
+        learn is not None,
     )
 
 

@@ -31,6 +31,7 @@ def custom_gradient(
     x: jax.Array,
     kernels: list[jax.Array],
     biases: list[jax.Array],
+    learns: bool,
 ) -> jax.Array:
     """`op(x, kernels, biases)` with a gradient of one's own."""
 
@@ -42,18 +43,21 @@ def custom_gradient(
         return op(x, kernels, biases), (x, kernels, biases, back)
 
     def backward(arguments, dy):
-        # No gradient for what the rule returned.
-        return *gradient(op, *arguments, dy), None
+        # None for what the rule returned, unless that learns.
+        return gradient(op, *arguments, dy)
 
     function.defvjp(record, backward)
     x, *tensors = map(keras.ops.convert_to_tensor, [x, *kernels, *biases])
     kernels, biases = tensors[: len(kernels)], tensors[len(kernels) :]
-    if not any(isinstance(a, jax.core.Tracer) for a in (x, *tensors)):
+    traced = any(isinstance(a, jax.core.Tracer) for a in (x, *tensors))
+    if not traced and not learns:
         return op(x, kernels, biases)  # nobody takes a gradient
     # Rules may assign variables (their random state), which has to happen
     # out here, where Keras sees it. Compiled code that takes no gradient does
     # not compute the rest.
-    back = [jax.lax.stop_gradient(b) for b in feedback(kernels)]
+    back = feedback(list(map(jax.lax.stop_gradient, kernels)))
+    if not learns:
+        back = list(map(jax.lax.stop_gradient, back))
     return function(x, kernels, biases, back)
 
 

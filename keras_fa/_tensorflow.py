@@ -23,6 +23,7 @@ def custom_gradient(
     x: tf.Tensor,
     kernels: list[tf.Tensor],
     biases: list[tf.Tensor],
+    learns: bool,
 ) -> tf.Tensor:
     """`op(x, kernels, biases)` with a gradient of one's own.
 
@@ -30,38 +31,46 @@ def custom_gradient(
         op: What is computed.
         feedback: What the gradient is made with, as a function of `kernels`.
         gradient: `gradient(op, x, kernels, biases, feedback(kernels), dy)`
-            returns the gradients of `x`, `kernels` and `biases`.
+            returns the gradients of `x`, `kernels`, `biases`, and of what
+            `feedback` returned if that learns.
         x: A tensor.
         kernels: Tensors or variables.
         biases: Tensors or variables.
+        learns: Whether what `feedback` returns receives a gradient.
 
     Returns:
         A tensor.
     """
-    n = len(kernels)
+    n, m = len(kernels), len(kernels) + len(biases)
+    learned = feedback(list(map(tf.stop_gradient, kernels))) if learns else []
     if tf.inside_function():
         # The gradient functions of graphs live as long as the process.
         op, feedback = _weakly(op), _weakly(feedback)
 
     @tf.custom_gradient
     def function(x, *tensors):
-        kernels, biases = list(tensors[:n]), list(tensors[n:])
-        # In a graph B is made here, since the gradient of a loop or a branch
-        # may read no variable; what nobody takes a gradient of is pruned.
-        back = feedback(kernels) if tf.inside_function() else None
+        kernels, biases = list(tensors[:n]), list(tensors[n:m])
+        back = list(tensors[m:]) or None
+        if back is None and tf.inside_function():
+            # Made here, since the gradient of a loop or a branch may read no
+            # variable; what nobody takes a gradient of is pruned.
+            back = feedback(kernels)
 
         def backward(dy):
             # B is that of the very W that the output came of: no other read of
             # W can slip behind the optimizer's write.
             made = feedback(kernels) if back is None else back
             made = [tf.stop_gradient(b) for b in made]
-            dx, dkernels, dbiases = gradient(op, x, kernels, biases, made, dy)
-            return (dx, *dkernels, *dbiases)
+            dx, dkernels, dbiases, dback = gradient(
+                op, x, kernels, biases, made, dy
+            )
+            return (dx, *dkernels, *dbiases, *(dback or ()))
 
         return op(_no_way_down(x), kernels, biases), backward
 
     # custom_gradient takes no variables.
-    return function(*map(tf.convert_to_tensor, [x, *kernels, *biases]))
+    tensors = [x, *kernels, *biases, *learned]
+    return function(*map(tf.convert_to_tensor, tensors))
 
 
 def _no_way_down(x: tf.Tensor) -> tf.Tensor:

@@ -23,6 +23,14 @@ LinearOp: TypeAlias = Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]
 # A rule: the kernels W of an operation -> the kernels B that carry its error.
 Feedback: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 
+# What B learns from: the gradients of kernels W -> those of kernels B.
+Learn: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
+
+# Of x, of kernels, of biases, and of the kernels B where these learn.
+Gradients: TypeAlias = tuple[
+    Tensor, list[Tensor], list[Tensor], list[Tensor] | None
+]
+
 # Layer.add_weight, or what stands for it.
 AddWeight: TypeAlias = Callable[..., keras.Variable]
 

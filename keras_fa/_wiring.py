@@ -120,12 +120,20 @@ class Graph:
 
     def logits(self) -> Node:
         """The output's node, or the one below a trailing softmax or sigmoid."""
-        node = self.output
-        while node not in self._kernels and _makes_probabilities(
-            node.operation
+        return self._trailing()[-1]
+
+    def probabilities(self) -> list[str]:
+        """The activations between the logits and the output, by name."""
+        return [activation_of(node.operation) for node in self._trailing()]
+
+    def _trailing(self) -> list[Node]:
+        """The output's node, and those below it down to the logits'."""
+        nodes = [self.output]
+        while nodes[-1] not in self._kernels and _makes_probabilities(
+            nodes[-1].operation
         ):
-            (node,) = node.parents
-        return node
+            nodes += nodes[-1].parents
+        return nodes
 
     def direct(self) -> dict[Node, list[Node]]:
         """DFA's sends: from the logits to every hidden kernel node."""

@@ -1,17 +1,28 @@
 """Callbacks: strict normalization, and a look at alignment while training."""
 
+import dataclasses
 import math
 from collections.abc import Callable
+from collections.abc import Iterator
 from importlib.util import find_spec
 from os import PathLike
 
 import keras
+from keras import ops
 
+from keras_fa import _gradients
 from keras_fa._types import Tensor
 from keras_fa.alignment import alignment_function
 from keras_fa.alignment import named_paths
 from keras_fa.constraints import SignConcordance
+from keras_fa.layers.direct import SendError
+from keras_fa.layers.direct import target_signal
+from keras_fa.layers.feedback import FeedbackLayer
+from keras_fa.layers.feedback import all_layers
+from keras_fa.layers.feedback import all_variables
 from keras_fa.layers.feedback import feedback_layers
+from keras_fa.learning import Local
+from keras_fa.learning import WeightMirror
 
 
 class StrictNormalization(keras.callbacks.Callback):
@@ -109,6 +120,180 @@ def _recompile(model: keras.layers.Layer, changed: list) -> None:
     """A training step that was traced with other rules is made anew."""
     if changed and getattr(model, "train_function", None) is not None:
         model.make_train_function(force=True)
+
+
+class MirrorPhase(keras.callbacks.Callback):
+    """Weight mirror: B learns of noise between the batches of training.
+
+    After every `every` batches, each layer with a `WeightMirror` is sent
+    `batches` batches of Gaussian noise of its own, and after each of them its
+    B moves by `-rate` times the gradient that `WeightMirror` states. W and all
+    else stay as they are. Under `steps_per_execution` Keras tells callbacks of
+    the last batch of an execution, and that counts as one.
+
+    The noise depends on `seed` and the optimizer's number of iterations, so
+    that a resumed training goes on as it would have.
+
+    In a loop of one's own call `mirror` after the training step.
+
+    Args:
+        every: Positive integer. Default 1.
+        batches: Positive integer. Default 1.
+        batch_size: Positive integer, examples of noise. Default 128.
+        rate: Positive float. Default 0.02.
+        noise: Positive float: the standard deviation of the noise. Default 1.
+        seed: Integer. Default 0.
+
+    A dimension of the layer's input that is not known counts as 32.
+
+    Raises:
+        ValueError: If an argument is not positive.
+
+    Source: Akrout et al. (2019). The defaults are our choice.
+
+    Example:
+
+    ```python
+    import numpy as np
+    import keras
+    from keras_fa import FADense
+    from keras_fa.callbacks import MirrorPhase
+
+    layer = FADense(4, feedback_learning="weight_mirror")
+    model = keras.Sequential([keras.Input((8,)), layer])
+    model.compile("adam", "mse")
+    x, y = np.ones((16, 8)), np.ones((16, 4))
+    model.fit(x, y, callbacks=[MirrorPhase(batches=300)], verbose=0)
+    w, b = np.ravel(layer.kernel), np.ravel(layer.feedback_kernel)
+    assert w @ b > 0.9 * np.linalg.norm(w) * np.linalg.norm(b)
+    ```
+    """
+
+    def __init__(
+        self,
+        every: int = 1,
+        batches: int = 1,
+        batch_size: int = 128,
+        rate: float = 0.02,
+        noise: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        given = {
+            "every": every,
+            "batches": batches,
+            "batch_size": batch_size,
+            "rate": rate,
+            "noise": noise,
+        }
+        for name, value in given.items():
+            if value <= 0:
+                raise ValueError(
+                    f"`{name}` must be positive. Received: {name}={value}"
+                )
+        self.every = every
+        self.batches = batches
+        self.batch_size = batch_size
+        self.rate = rate
+        self.noise = noise
+        self.seed = seed
+        self._generator = keras.random.SeedGenerator(seed)
+        self._step = None
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        self._step = None  # layers may have come or gone
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        if (batch + 1) % self.every == 0:
+            if hasattr(self.model, "jax_state_sync"):
+                self.model.jax_state_sync()
+            iterations = self.model.optimizer.iterations
+            self.mirror(self.model, int(ops.convert_to_numpy(iterations)))
+
+    def mirror(self, model: keras.layers.Layer, step: int) -> None:
+        """One mirror phase.
+
+        Args:
+            model: A built model or layer.
+            step: What tells the phases apart: each draws other noise.
+        """
+        if self._step is None:
+            self._layers = [
+                layer
+                for layer in feedback_layers(model)
+                if isinstance(layer.feedback_learning, WeightMirror)
+            ]
+            self._reads = [*all_variables(model), self._generator.state]
+            self._step = _gradients.backend.compiled(self._moved, self._reads)
+        for batch in range(self.batches):
+            key = ops.convert_to_tensor(
+                [self.seed, step * self.batches + batch]
+            )
+            self._generator.state.assign(key)
+            for layer, moved in zip(self._layers, self._step()):
+                for path, value in zip(layer.feedback_paths, moved):
+                    path.feedback_kernel.assign(value)
+
+    def _moved(self) -> list[list[Tensor]]:
+        """The stored feedback kernels of each layer after one batch."""
+        with _gradients.isolated(self._reads):
+            return [self._moved_in(layer) for layer in self._layers]
+
+    def _moved_in(self, layer: FeedbackLayer) -> list[Tensor]:
+        shape = (self.batch_size, *(n or 32 for n in layer.built_shape[1:]))
+        dtype = layer.compute_dtype
+        kernels = [ops.cast(p.kernel, dtype) for p in layer.feedback_paths]
+
+        def at_rest() -> Iterator[Local]:
+            return layer.locals(ops.zeros(shape, dtype), kernels)
+
+        noise = [
+            keras.random.normal(
+                local.x.shape,
+                stddev=self.noise,
+                dtype=dtype,
+                seed=self._generator,
+            )
+            for local in at_rest()
+        ]
+
+        def loss() -> Tensor:
+            return sum(
+                layer.feedback_learning.loss(dataclasses.replace(local, x=xi))
+                for local, xi in zip(at_rest(), noise)
+            )
+
+        stored = [path.feedback_kernel for path in layer.feedback_paths]
+        gradients = _gradients.gradients_of(loss, stored, self._reads)
+        return [b - self.rate * g for b, g in zip(stored, gradients)]
+
+
+class TargetLoss(keras.callbacks.Callback):
+    """Refuses to train DRTP under a loss whose target it does not send.
+
+    Raises:
+        ValueError: At the start of `fit`, if the loss of a model that sends
+            targets (`SendError`) is not the cross-entropy that they are of.
+
+    Example:
+
+    ```python
+    from keras_fa.methods import METHODS
+
+    names = [type(c).__name__ for c in METHODS["drtp"].callbacks()]
+    assert names == ["TargetLoss"]
+    ```
+    """
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        for layer in all_layers(self.model):
+            if isinstance(layer, SendError) and layer.signal != "error":
+                sent = target_signal(self.model.loss)
+                if sent != layer.signal:
+                    raise ValueError(
+                        f"The model sends the {layer.signal} and its loss has "
+                        f"the {sent}. Compile the stock model, then convert it."
+                    )
 
 
 # How TensorBoard's page tells to read its charts: the measures of each part,

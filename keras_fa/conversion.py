@@ -343,6 +343,7 @@ def _counterpart(
         feedback_initializer=method.feedback_initializer,
         feedback_regularizer=method.feedback_regularizer,
         feedback_constraint=method.feedback_constraint,
+        feedback_learning=method.feedback_learning,
     )
 
 
@@ -377,6 +378,7 @@ def _wire(
 ) -> tuple[keras.Model, _cloning.Clones]:
     """The model under DFA or DenseFA."""
     _check_wirable(model, method, feedback_maps)
+    given = model
     if isinstance(model, keras.Sequential):
         model = keras.Model(
             model.inputs[0],
@@ -390,6 +392,7 @@ def _wire(
     dfa = method.wiring == "direct"
     sends = graph.direct() if dfa else graph.dense()
     stops = {graph.tap(node) for node in graph.hidden()} if dfa else set()
+    signal = _signal(given, graph, method)
     pairs = [
         (source.shape, graph.tap(receiver).shape)
         for source, receivers in sends.items()
@@ -441,6 +444,8 @@ def _wire(
                 [receiver.label for receiver in sends[node]],
                 initializers.reseeded(method.map_initializer, order[node]),
                 feedback_maps,
+                feedback_learning=method.map_learning,
+                signal=signal,
                 name=free(f"{node.label}_send_error"),
             )
             ends = [taps[graph.tap(receiver)] for receiver in sends[node]]
@@ -455,6 +460,20 @@ def _wire(
         return outputs
 
     return _cloning.rebuild(model, make, call)
+
+
+def _signal(
+    model: keras.Model, graph: _wiring.Graph, method: methods.Method
+) -> str:
+    """What the logits' node sends: the argument `signal` of `SendError`."""
+    if method.direct_signal == "error":
+        return "error"
+    if model.compiled:
+        return direct.target_signal(model.loss)
+    # Told by what makes probabilities of the logits, or else by their number.
+    names = graph.probabilities()
+    alone = graph.logits().shape[-1] == 1 and "softmax" not in names
+    return "sigmoid_target" if alone or "sigmoid" in names else "softmax_target"
 
 
 def _say_bytes(

@@ -24,13 +24,21 @@ from collections.abc import Callable
 import keras
 
 from keras_fa._types import Identifier
+from keras_fa.callbacks import MirrorPhase
 from keras_fa.callbacks import StrictNormalization
+from keras_fa.callbacks import TargetLoss
 from keras_fa.constraints import Chain
 from keras_fa.constraints import ConstantNorm
 from keras_fa.constraints import FixedSign
 from keras_fa.constraints import NoisyKernel
+from keras_fa.constraints import ProductFeedback
 from keras_fa.constraints import SignConcordance
 from keras_fa.constraints import TiedKernel
+from keras_fa.learning import ActivationAlignment
+from keras_fa.learning import InformationAlignment
+from keras_fa.learning import KolenPollack
+from keras_fa.learning import SymmetricAlignment
+from keras_fa.learning import WeightMirror
 from keras_fa.regularizers import Alignment
 
 
@@ -60,6 +68,7 @@ class Method:
         feedback_initializer: As the argument of FA layers.
         feedback_constraint: As the argument of FA layers.
         feedback_regularizer: As the argument of FA layers.
+        feedback_learning: As the argument of FA layers.
         kernel_constraint: Added to the layer's own kernel constraint.
         wiring: `"chain"`: errors go down layer by layer. `"direct"`: DFA.
             `"dense"`: DenseFA.
@@ -67,6 +76,10 @@ class Method:
             each drawn independently: a Keras initializer or its name. `None`
             is Glorot uniform. An instance without a seed draws anew in each
             conversion.
+        map_learning: What moves these maps: as the argument
+            `feedback_learning` of `keras_fa.layers.direct.SendError`.
+        direct_signal: What DFA sends: `"error"`, or in its place `"target"`,
+            where the loss is the softmax or sigmoid cross-entropy.
         callback_classes: What `callbacks()` makes. Nothing depends on it: SN
             is strict by its rule, and its callback is there for loops that
             were written with one.
@@ -79,9 +92,12 @@ class Method:
     feedback_initializer: Identifier = None
     feedback_constraint: Identifier = None
     feedback_regularizer: Identifier = None
+    feedback_learning: Identifier = None
     kernel_constraint: Identifier = None
     wiring: str = "chain"
     map_initializer: Identifier = None
+    map_learning: Identifier = None
+    direct_signal: str = "error"
     callback_classes: tuple[Callable[[], keras.callbacks.Callback], ...] = ()
 
     def callbacks(self) -> list[keras.callbacks.Callback]:
@@ -205,6 +221,76 @@ METHODS: dict[str, Method] = {
             standing="our control",
             feedback_constraint=SignConcordance(strict=True),
             kernel_constraint=FixedSign(),
+        ),
+        Method(
+            name="kolen_pollack",
+            title="Kolen-Pollack",
+            definition="B as FA's, trained: dB = dW, both decay",
+            standing="Kolen & Pollack (1994), Akrout et al. (2019)",
+            feedback_learning=KolenPollack(),
+        ),
+        Method(
+            name="weight_mirror",
+            title="Weight mirror",
+            definition="B as FA's, moved between batches along the correlation "
+            "of noise xi and op(xi, W)",
+            standing="Akrout et al. (2019)",
+            feedback_learning=WeightMirror(),
+            callback_classes=(MirrorPhase,),
+        ),
+        Method(
+            name="symmetric_alignment",
+            title="Symmetric alignment",
+            definition="B as FA's, trained on |B|^2 / 2 - <W, B>",
+            standing="Kunin et al. (2020)",
+            feedback_learning=SymmetricAlignment(),
+        ),
+        Method(
+            name="activation_alignment",
+            title="Activation alignment",
+            definition="B as FA's, trained on |op(x, B) - y|^2 / (2 |x|^2)",
+            standing="Kunin et al. (2020)",
+            feedback_learning=ActivationAlignment(),
+        ),
+        Method(
+            name="information_alignment",
+            title="Information alignment",
+            definition="B as FA's, trained on (b |op^T(y, B)|^2 / 2 - "
+            "a <y, op(x, B)>) / |x|^2 + c |B|^2 / 2",
+            standing="Kunin et al. (2020)",
+            feedback_learning=InformationAlignment(),
+        ),
+        Method(
+            name="pfa",
+            title="PFA",
+            definition="B = R M, M fixed, random and wide, R trained: "
+            "dR = dW M^T, both decay",
+            standing="product feedback alignment (2024)",
+            feedback_constraint=ProductFeedback(),
+            feedback_learning=KolenPollack(),
+        ),
+        Method(
+            name="direct_kolen_pollack",
+            title="Direct Kolen-Pollack",
+            definition="DFA whose maps are trained on the product of e and the "
+            "receiver's activity, maps and kernels decay",
+            standing="Webster et al. (2021)",
+            feedback_constraint=TiedKernel(),
+            wiring="direct",
+            map_initializer="glorot_uniform",
+            map_learning=KolenPollack(),
+        ),
+        Method(
+            name="drtp",
+            title="DRTP",
+            definition="DFA that sends -t in the place of e, t the target, "
+            "under softmax or sigmoid cross-entropy",
+            standing="Frenkel et al. (2021)",
+            feedback_constraint=TiedKernel(),
+            wiring="direct",
+            map_initializer="glorot_uniform",
+            direct_signal="target",
+            callback_classes=(TargetLoss,),
         ),
     )
 }

@@ -41,6 +41,7 @@ import keras
 from keras_fa._types import Identifier
 from keras_fa.constraints.feedback import FeedbackConstraint
 from keras_fa.constraints.feedback import NoisyKernel
+from keras_fa.constraints.feedback import ProductFeedback
 from keras_fa.constraints.feedback import SignConcordance
 from keras_fa.constraints.feedback import Stored
 from keras_fa.constraints.feedback import TiedKernel
@@ -60,6 +61,7 @@ __all__ = [
     "FixedSign",
     "KernelConstraint",
     "NoisyKernel",
+    "ProductFeedback",
     "SignConcordance",
     "Stored",
     "TiedKernel",
@@ -74,6 +76,7 @@ _RULES = {
     "sign_concordance": SignConcordance,
     "tied_kernel": TiedKernel,
     "noisy_kernel": NoisyKernel,
+    "product_feedback": ProductFeedback,
 }
 _KERNEL_CONSTRAINTS = {
     "fixed_sign": FixedSign,

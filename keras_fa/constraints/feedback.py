@@ -9,6 +9,7 @@ from keras import ops
 from keras_fa._types import AddWeight
 from keras_fa._types import Tensor
 from keras_fa.constraints.kernel import kernel_norm
+from keras_fa.initializers import reseeded
 
 
 class FeedbackConstraint(keras.constraints.Constraint):
@@ -188,6 +189,88 @@ class NoisyKernel(FeedbackConstraint):
 
     def get_config(self) -> dict:
         return {"angle": self.angle, "seed": self.seed}
+
+
+@keras.saving.register_keras_serializable(package="keras_fa")
+class ProductFeedback(FeedbackConstraint):
+    """Product feedback: `B = R M`, M fixed and random, R learned.
+
+    The error goes down in two steps, `dx = op^T(M dy, R)`: through M to
+    `expansion` times as many units as the kernel's last axis has, and on
+    through R, which has W's shape but for that axis. With
+    `feedback_learning="kolen_pollack"` B receives dW, and so R, by the chain
+    rule, `dW M^T`: the local product of x and `M dy`. Since `M^T M` is nearly
+    the identity for a wide M, B follows W without being told of W.
+
+    At the start the weights of M have variance `1 / width`, those of R the
+    mean square of W_0's, so that `||B_0||` is about `||W_0||`.
+
+    Args:
+        expansion: Positive integer, default 10.
+        seed: Integer or `None`, the seed of M and R.
+
+    Raises:
+        ValueError: If `expansion` is no positive integer.
+
+    Source: product feedback alignment (2024); R and M's laws are our choice.
+    Kernels whose last axis is not their output (transposed and depthwise
+    convolutions) are mixed along it all the same.
+
+    Example:
+
+    ```python
+    from keras_fa import FADense
+
+    layer = FADense(
+        10,
+        feedback_constraint="product_feedback",
+        feedback_learning="kolen_pollack",
+    )
+    ```
+    """
+
+    stores_feedback_kernel = False
+
+    def __init__(self, expansion: int = 10, seed: int | None = None) -> None:
+        if not isinstance(expansion, int) or expansion < 1:
+            raise ValueError(
+                "`expansion` is a positive integer. Received: "
+                f"expansion={expansion!r}"
+            )
+        self.expansion = expansion
+        self.seed = seed
+
+    def build(self, kernel: keras.Variable, add_weight: AddWeight) -> None:
+        width = self.expansion * kernel.shape[-1]
+        normal = keras.initializers.RandomNormal(stddev=1.0, seed=self.seed)
+        again = reseeded(normal, 1)
+
+        def projection(shape: tuple, dtype: str | None = None) -> Tensor:
+            scale = kernel_norm(kernel) / math.sqrt(math.prod(kernel.shape))
+            return scale * again(shape, dtype)
+
+        def mixing(shape: tuple, dtype: str | None = None) -> Tensor:
+            return normal(shape, dtype) / math.sqrt(width)
+
+        self.mixing = add_weight(
+            shape=(width, kernel.shape[-1]),
+            initializer=mixing,
+            autocast=False,
+            name="mixing",
+        )
+        self.projection = add_weight(
+            shape=(*kernel.shape[:-1], width),
+            initializer=projection,
+            trainable=True,
+            autocast=False,
+            name="projection",
+        )
+
+    def __call__(self, feedback_kernel: Tensor, kernel: Tensor) -> Tensor:
+        return ops.tensordot(self.projection, self.mixing, axes=1)
+
+    def get_config(self) -> dict:
+        return {"expansion": self.expansion, "seed": self.seed}
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")

@@ -4,11 +4,15 @@
 weights are shared in space as the forward weights are.
 """
 
+import functools
+
 import keras
 import numpy as np
+from keras import ops
 
 from keras_fa import constraints
 from keras_fa.layers.feedback import FeedbackLayer
+from keras_fa.learning import Stage
 
 
 class _Convolution(FeedbackLayer):
@@ -53,6 +57,20 @@ class _Separable(FeedbackLayer):
         "depthwise_constraint",
         "pointwise_constraint",
     )
+
+    def stages(self) -> list[Stage]:
+        """The depthwise convolution, and the pointwise one."""
+        depthwise = functools.partial(
+            ops.depthwise_conv,
+            strides=self.strides,
+            padding=self.padding,
+            data_format=self.data_format,
+            dilation_rate=self.dilation_rate,
+        )
+        return [
+            depthwise,
+            functools.partial(ops.conv, data_format=self.data_format),
+        ]
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")

@@ -1,7 +1,9 @@
 """Errors that leave the chain: what DFA and DenseFA insert into a model."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from collections.abc import Sequence
 
 import keras
@@ -10,11 +12,13 @@ from keras import ops
 
 from keras_fa import _gradients
 from keras_fa import initializers
+from keras_fa import learning
 from keras_fa._types import Identifier
 from keras_fa._types import Store
 from keras_fa._types import Tensor
 
 FEEDBACK_MAPS = ("dense", "convolutional")
+SIGNALS = ("error", "softmax_target", "sigmoid_target")
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")
@@ -83,6 +87,17 @@ class SendError(keras.layers.Layer):
         feedback_maps: "dense" (default) or "convolutional".
         kernel_size: k, of convolutional maps in each dimension of space.
             Default 3 (our choice).
+        feedback_learning: What moves the maps, which are then trained. `None`
+            (default): nothing. `"kolen_pollack"`: the map receives the product
+            of e and the receiver's activity r_l, the gradient of
+            `<M_l e, r_l>`; it aligns where maps and kernels decay. Of a
+            `keras_fa.learning.FeedbackLearning` `gradient` is used.
+        signal: What is sent to receivers: "error" (default), e itself, or the
+            target in its place, "softmax_target" or "sigmoid_target":
+            `-s t` with t = 1 where e < 0 and 0 elsewhere, and s the norm of e
+            over that of `p - t`, `p` the softmax or sigmoid of the source. For
+            the cross-entropies of the two with targets of 0 and 1,
+            `e = s (p - t)`, and s is the weight of the example in the loss.
         grid_size: g, how finely an error without places varies over a
             receiver; less where the receiver is smaller. Default 4 (our
             choice: of the maps that fit it is one that varies at all, is
@@ -92,12 +107,13 @@ class SendError(keras.layers.Layer):
     Output shape: that of the first.
 
     Raises:
-        ValueError: If `feedback_maps` is unknown, `kernel_size` or `grid_size`
-            is no positive integer, the number of tensors is not that of the
-            names, or a size is not known.
+        ValueError: If `feedback_maps` or `signal` is unknown, `kernel_size` or
+            `grid_size` is no positive integer, the number of tensors is not
+            that of the names, or a size is not known.
 
     Source: Nokland (2016), direct feedback alignment, for dense maps. The
-    convolutional ones are ours.
+    convolutional ones are ours. Webster et al. (2021) for maps that learn,
+    Frenkel et al. (2021) for targets; there the magnitude is 1 for s.
 
     Example:
 
@@ -123,10 +139,17 @@ class SendError(keras.layers.Layer):
         feedback_maps: str = "dense",
         kernel_size: int = 3,
         grid_size: int = 4,
+        feedback_learning: Identifier = None,
+        signal: str = "error",
         **kwargs: object,
     ) -> None:
         super().__init__(**kwargs)
         check_feedback_maps(feedback_maps)
+        if signal not in SIGNALS:
+            raise ValueError(
+                f"`signal` is one of {', '.join(SIGNALS)}. Received: "
+                f"signal={signal!r}"
+            )
         for name, size in (
             ("kernel_size", kernel_size),
             ("grid_size", grid_size),
@@ -143,6 +166,8 @@ class SendError(keras.layers.Layer):
         self.feedback_maps = feedback_maps
         self.kernel_size = kernel_size
         self.grid_size = grid_size
+        self.feedback_learning = learning.get(feedback_learning)
+        self.signal = signal
 
     def build(self, input_shape: list[tuple]) -> None:
         source, *receivers = input_shape
@@ -167,7 +192,7 @@ class SendError(keras.layers.Layer):
                 initializer=initializers.reseeded(
                     self.feedback_initializer, index
                 ),
-                trainable=False,
+                trainable=self.feedback_learning is not None,
                 name=f"feedback_{self.receivers[index]}",
             )
             # Attributes, since tf.train.Checkpoint finds no lists of weights.
@@ -186,8 +211,14 @@ class SendError(keras.layers.Layer):
         source, *receivers = inputs
         if _gradients.in_backpropagation():
             return source
+        rule = self.feedback_learning
         return _gradients.send_error(
-            source, receivers, self.maps, self._carriers
+            source,
+            receivers,
+            self.maps,
+            self._carriers,
+            None if rule is None else rule.of_kernels,
+            None if self.signal == "error" else _targets[self.signal],
         )
 
     def compute_output_spec(
@@ -214,6 +245,10 @@ class SendError(keras.layers.Layer):
             "feedback_maps": self.feedback_maps,
             "kernel_size": self.kernel_size,
             "grid_size": self.grid_size,
+            "feedback_learning": keras.saving.serialize_keras_object(
+                self.feedback_learning
+            ),
+            "signal": self.signal,
         }
 
 
@@ -296,6 +331,50 @@ def map_between(
         )
     grid = tuple(min(grid_size, places) for places in receiver[:-1])
     return FeedbackMap(source, receiver, grid)
+
+
+def _target(
+    probabilities: Callable[[Tensor], Tensor], e: Tensor, source: Tensor
+) -> Tensor:
+    """`-s t` for an error `e = s (p - t)`."""
+    t = ops.cast(e < 0, "float32")
+    off = probabilities(ops.cast(source, "float32")) - t
+    s = ops.divide_no_nan(_norms(ops.cast(e, "float32")), _norms(off))
+    return -s * t
+
+
+def _norms(vectors: Tensor) -> Tensor:
+    return ops.sqrt(ops.sum(ops.square(vectors), axis=-1, keepdims=True))
+
+
+def target_signal(loss: Identifier | keras.losses.Loss) -> str:
+    """The `signal` of `SendError` that stands for the error of a loss.
+
+    Args:
+        loss: A loss, or its name.
+
+    Raises:
+        ValueError: If it is neither the categorical nor the binary
+            cross-entropy.
+    """
+    resolved = keras.losses.get(loss)
+    name = getattr(resolved, "__name__", type(resolved).__name__)
+    plain = name.lower().replace("_", "")
+    if plain in ("categoricalcrossentropy", "sparsecategoricalcrossentropy"):
+        return "softmax_target"
+    if plain == "binarycrossentropy":
+        return "sigmoid_target"
+    raise ValueError(
+        "DRTP sends the target of a cross-entropy. Received: "
+        f"loss={name}. Train with (sparse) categorical or binary "
+        "cross-entropy, or convert to 'dfa', which sends the error of any loss."
+    )
+
+
+_targets = {
+    "softmax_target": functools.partial(_target, ops.softmax),
+    "sigmoid_target": functools.partial(_target, ops.sigmoid),
+}
 
 
 def check_feedback_maps(feedback_maps: str) -> None:

@@ -6,6 +6,8 @@ Data flow of one call, for a layer with one kernel:
 kernel W ---------------------> y  = op(x, W) + bias --> activation
    |                            dW, dbias of op(x, W) + bias
    +--> B = rule(stored B, W) -> dx = op^T(dy, B)
+             ^
+             +-- learns, if told so, of dW or of x, W and y
 ```
 
 `op` is the stock layer's own `call`, run on a copy of the layer that has
@@ -31,6 +33,7 @@ from keras import ops
 from keras_fa import _gradients
 from keras_fa import constraints
 from keras_fa import initializers
+from keras_fa import learning
 from keras_fa import regularizers
 from keras_fa._types import Draw
 from keras_fa._types import Identifier
@@ -41,6 +44,7 @@ _FEEDBACK_ARGUMENTS = (
     "feedback_initializer",
     "feedback_regularizer",
     "feedback_constraint",
+    "feedback_learning",
 )
 _REFUSED_ARGUMENTS = ("lora_rank", "lora_alpha", "quantization_config")
 
@@ -59,6 +63,7 @@ class FeedbackPath:
         kernel: The forward kernel.
         feedback_kernel: The stored weight; `None` where nothing is stored.
         rule: The rule.
+        learning: What moves the stored weight; `None` where nothing does.
         fixed: What the kernel's constraint remembers of it.
         mixes: Whether each input meets all outputs.
         attributes: What the layer is to have as attributes, by name: the
@@ -72,6 +77,8 @@ class FeedbackPath:
         self.rule = (
             constraints.Stored(None) if given is None else copy.copy(given)
         )
+        self.learning = layer.feedback_learning
+        learns = self.learning is not None and self.learning.in_step
         self.fixed = constraints.Chain(constraints.parts_of(kernel.constraint))
         self.mixes = name not in layer.depthwise_kernels
         self.feedback_kernel = None
@@ -85,40 +92,77 @@ class FeedbackPath:
                 shape=kernel.shape,
                 initializer=self._draw(layer, name),
                 dtype=kernel.dtype,
-                trainable=False,
+                trainable=learns,
                 autocast=False,
                 # Replicas hold the same values, so any one may assign them.
-                aggregation="only_first_replica",
+                aggregation=kernel.aggregation
+                if learns
+                else "only_first_replica",
                 name=f"{kernel.name}_feedback",
                 # Sharded as its kernel is; layout maps go by the path.
                 layout=distribution
                 and distribution.get_variable_layout(kernel),
             )
             self.attributes["feedback_kernel"] = self.feedback_kernel
+            if learns and not pairwise:
+                given = layer.feedback_regularizer
+                if given is None and self.learning.decays_as_kernel:
+                    given = kernel.regularizer
+                self.feedback_kernel.regularizer = given
         if pairwise:
             own, of_pair = kernel.regularizer, layer.feedback_regularizer
 
             def penalty(kernel: Tensor) -> Tensor:
-                total = of_pair(self.feedback_kernel, kernel)
+                target = ops.stop_gradient(self.feedback_kernel)
+                total = of_pair(target, kernel)
                 return total if own is None else total + own(kernel)
 
             kernel.regularizer = penalty
 
         made = []
 
-        def add_weight(**kwargs: object) -> keras.Variable:
-            shared = {"trainable": False, "aggregation": "only_first_replica"}
-            made.append(layer.add_weight(**{**shared, **kwargs}))
+        def add_weight(
+            trainable: bool = False, **kwargs: object
+        ) -> keras.Variable:
+            if not trainable:
+                kwargs = {"aggregation": "only_first_replica", **kwargs}
+            made.append(layer.add_weight(trainable=trainable, **kwargs))
             return made[-1]
 
         self.rule.build(kernel, add_weight)
         self.attributes |= _kept_by(self.rule, made)
+        if self.learning is not None:
+            self._check_learning(made)
         units = layer.presynaptic_units(name, kernel.shape)
         if _gradients.backend.TRACKS_CONSTRAINTS:
             self.fixed.build(kernel, units, add_weight)
             self.attributes |= self.fixed.state
         else:
             self.fixed.build(kernel, units)
+
+    def _check_learning(self, made: list[keras.Variable]) -> None:
+        """Refuses learning that moves nothing, warns of what aligns nothing.
+
+        Args:
+            made: The weights that the rule added.
+        """
+        stored, learning = self.feedback_kernel, self.learning
+        own = learning.in_step and any(weight.trainable for weight in made)
+        if not self.rule.stores_feedback_kernel and not own:
+            raise ValueError(
+                f"{type(learning).__name__} moves a stored feedback kernel, "
+                f"and {type(self.rule).__name__} of '{self.kernel.path}' has "
+                "none. Leave `feedback_learning` out, or use a "
+                "`feedback_constraint` that stores one, such as None."
+            )
+        decays = stored is not None and stored.regularizer is not None
+        if learning.decays_as_kernel and not decays:
+            warnings.warn(
+                f"{type(learning).__name__} aligns B with W only where both "
+                "decay. Give the optimizer a weight_decay, or the layers a "
+                "kernel_regularizer; else W - B stays as it is.",
+                stacklevel=5,
+            )
 
     def _draw(self, layer: "FeedbackLayer", name: str) -> Draw:
         """What the stored feedback kernel starts from."""
@@ -146,6 +190,11 @@ class FeedbackPath:
         """Whether the error takes the forward kernel itself."""
         return isinstance(self.rule, constraints.TiedKernel)
 
+    @property
+    def full_dtype(self) -> str:
+        """The dtype of rules: half precision is too little for norms."""
+        return keras.backend.result_type(self.kernel.dtype, "float32")
+
     def effective(self, kernel: Tensor) -> Tensor:
         """B for a forward kernel W: what carries the error.
 
@@ -155,9 +204,7 @@ class FeedbackPath:
         Returns:
             A tensor with the shape and dtype of `kernel`.
         """
-        # Half precision is too little for norms.
-        full = keras.backend.result_type(self.kernel.dtype, "float32")
-        stored = self.feedback_kernel
+        full, stored = self.full_dtype, self.feedback_kernel
         stored = None if stored is None else ops.cast(stored, full)
         seen = self.fixed.signed(ops.cast(kernel, full))
         feedback = self.rule(stored, seen)
@@ -220,8 +267,11 @@ class FeedbackLayer:
             given draws other values for each.
         feedback_regularizer: `None` (default) or a `FeedbackRegularizer` such
             as `"alignment"`, a penalty on the pair of feedback and forward
-            kernel. A stock regularizer is kept, and moves nothing: feedback
-            kernels are not trained.
+            kernel. A stock regularizer is that of a stored kernel that learns,
+            and else moves nothing.
+        feedback_learning: What moves the stored feedback kernel, which is then
+            trained: a `keras_fa.learning.FeedbackLearning` or its name, such as
+            `"kolen_pollack"`. `None` (default): it stays as it was drawn.
         feedback_constraint: The rule that gives B. `None` (default) is the
             stored kernel itself: FA. Else a `FeedbackConstraint`, its name
             (`"sign_concordance"`, `"tied_kernel"`, `"noisy_kernel"`), or a
@@ -231,6 +281,7 @@ class FeedbackLayer:
 
     Attributes:
         stock_class: The stock layer's class.
+        built_shape: The input shape that the layer was built for.
         stock_peers: The names of the layers of the stock layer's class, in the
             order of the stock model, where `convert` made this layer. A stock
             weights file with just these layers of this class is loaded. Else
@@ -266,6 +317,7 @@ class FeedbackLayer:
         feedback_initializer: Identifier = None,
         feedback_regularizer: Identifier = None,
         feedback_constraint: Identifier = None,
+        feedback_learning: Identifier = None,
         **kwargs: object,
     ) -> None:
         given = inspect.signature(super().__init__).bind(*args, **kwargs)
@@ -284,6 +336,7 @@ class FeedbackLayer:
         self.feedback_constraint = copy.copy(
             initializers.drawn_apart(constraints.get(feedback_constraint))
         )
+        self.feedback_learning = learning.get(feedback_learning)
         self._drawn_from = {}
 
     @property
@@ -342,6 +395,7 @@ class FeedbackLayer:
         if mode is not None:  # of a policy that goes by the layer's path
             _refuse(type(self).__name__, f"quantization_mode={mode}")
         super().build(input_shape)
+        self.built_shape = tuple(input_shape)
         try:
             for name in self.kernel_names:
                 path = FeedbackPath(self, name)
@@ -367,7 +421,13 @@ class FeedbackLayer:
         """
         return constraints.units_along(shape, -2)
 
-    def call(self, inputs: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def call(
+        self,
+        inputs: Tensor,
+        *args: object,
+        training: bool | None = None,
+        **kwargs: object,
+    ) -> Tensor:
         """As the stock layer's `call`; errors go through the feedback."""
         paths = self.feedback_paths
         exact = _gradients.in_backpropagation() or all(p.tied for p in paths)
@@ -381,9 +441,20 @@ class FeedbackLayer:
         # Each read once: B is made of the very W that y is computed with.
         kernels = [ops.convert_to_tensor(path.kernel) for path in paths]
         biases = [] if self.bias is None else [ops.convert_to_tensor(self.bias)]
+        rule = self.feedback_learning
+        learns = rule is not None and rule.in_step
         outputs = _gradients.feedback_op(
-            self._linear_op, self._effective, inputs, kernels, biases
+            self._linear_op,
+            self._effective,
+            inputs,
+            kernels,
+            biases,
+            rule.of_kernels if learns else None,
         )
+        if training and learns and rule.loss is not None:
+            loss = sum(map(rule.loss, self.locals(inputs, kernels)))
+            # It moves B, and is not part of the loss that is shown.
+            self.add_loss(loss - ops.stop_gradient(loss))
         if self.activation is not None:
             outputs = self.activation(outputs)
         return outputs
@@ -404,6 +475,28 @@ class FeedbackLayer:
             path.effective(kernel)
             for path, kernel in zip(self.feedback_paths, kernels)
         ]
+
+    def locals(
+        self, x: Tensor, kernels: list[Tensor]
+    ) -> Iterator[learning.Local]:
+        """What the feedback of each kernel may learn from.
+
+        Args:
+            x: An input of the layer, in its compute dtype.
+            kernels: The kernels W, in the compute dtype.
+        """
+        x = ops.stop_gradient(x)
+        for op, path, given in zip(self.stages(), self.feedback_paths, kernels):
+            kernel = ops.cast(ops.stop_gradient(given), path.full_dtype)
+            local = learning.Local(op, x, kernel, path.effective(kernel))
+            yield local
+            x = local.y
+
+    def stages(self) -> list[learning.Stage]:
+        """For each kernel its linear operation `op(x, K)`, without bias."""
+        biases = [] if self.bias is None else [self.bias]
+        none = [ops.zeros(bias.shape, self.compute_dtype) for bias in biases]
+        return [lambda x, kernel: self._linear_op(x, [kernel], none)]
 
     @property
     def variables(self) -> list[keras.Variable]:
