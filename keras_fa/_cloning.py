@@ -2,9 +2,11 @@
 
 Keras's `clone_model` makes new layers of the old ones' configs. Here they also
 get what no config holds: weights, vocabularies, `trainable` flags of models,
-and functions and objects that Keras cannot serialise.
+and functions and objects that Keras cannot serialise. `rebuild` keeps nested
+models as they are, `flatten` takes them apart.
 """
 
+import collections
 import contextlib
 import tempfile
 from collections.abc import Callable
@@ -25,6 +27,33 @@ def is_graph(layer: object) -> bool:
     return isinstance(layer, keras.Sequential) or (
         isinstance(layer, keras.Model) and isinstance(layer, keras.Function)
     )
+
+
+def functional(model: keras.Model) -> keras.Model:
+    """A view of a model: plain Functional, not compiled, of the same layers."""
+    sequential = isinstance(model, keras.Sequential)
+    return keras.Model(
+        model.inputs[0] if sequential else model.input,
+        model.outputs[0] if sequential else model.output,
+        name=model.name,
+        trainable=model.trainable,
+    )
+
+
+def walk(
+    model: keras.Model, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], keras.Operation]]:
+    """All operations of a model and of those nested in it, inputs left out.
+
+    Yields:
+        The names of the models on the way to an operation and its own, and the
+        operation. What several models hold comes once for each.
+    """
+    for operation in functional(model).operations:
+        if not isinstance(operation, keras.layers.InputLayer):
+            yield (*path, operation.name), operation
+            if is_graph(operation):
+                yield from walk(operation, (*path, operation.name))
 
 
 def leaves(model: keras.Model) -> list[keras.layers.Layer]:
@@ -70,12 +99,139 @@ def rebuild(
             )
 
     clone(model)
-    for source, new in reversed(clones.items()):  # models before their layers
+    _copy_state(dict(reversed(clones.items())))
+    return clones[model], clones
+
+
+def flatten(model: keras.Model) -> tuple[keras.Model, Clones]:
+    """A Functional copy of a model, with its state, without nested models.
+
+    Their layers stand in the graph itself, once for each, however often and by
+    however many models they are called. Names that two of them had are led by
+    those of the models that they were in: `inner_dense`.
+
+    Args:
+        model: A Functional or Sequential model, which is left as it is.
+
+    Returns:
+        The copy, and which of its layers stands for which; none does for a
+        nested model.
+
+    Raises:
+        ValueError: If a nested model is called with a mask that its input
+            does not carry.
+    """
+    clones, paths = {}, {}
+    for path, operation in walk(model):
+        if not is_graph(operation):
+            paths.setdefault(operation, path)
+    names = _unique_names(paths, [x.name for x in functional(model).inputs])
+
+    def calls(training: bool | None) -> Callable[..., object]:
+        """What calls the copies in the place of a model's operations."""
+
+        def call(
+            operation: keras.Operation, *args: object, **kwargs: object
+        ) -> object:
+            layer = isinstance(operation, keras.layers.Layer)
+            if layer and training is not None:
+                kwargs["training"] = training
+            if is_graph(operation):
+                return inline(operation, *args, **kwargs)
+            if operation not in clones:
+                config = config_of(operation)
+                if "name" in config:  # else Keras finds one that is free
+                    config["name"] = names[operation]
+                clones[operation] = again(operation, config=config)
+            return clones[operation](*args, **kwargs)
+
+        return call
+
+    def copy(graph: keras.Model, training: bool | None) -> keras.Model:
+        if isinstance(graph, keras.Sequential):
+            graph = functional(graph)
+        with _uncompiled(graph):
+            return keras.models.clone_model(
+                graph,
+                clone_function=lambda operation: operation,
+                call_function=calls(training),
+            )
+
+    def inline(
+        graph: keras.Model,
+        inputs: object,
+        training: bool | None = None,
+        mask: object = None,
+    ) -> object:
+        """What a call of the model computes, layer by layer."""
+        piece = copy(graph, training)
+        if isinstance(inputs, dict) and not isinstance(piece.input, dict):
+            inputs = [inputs[x.name] for x in piece.inputs]
+        tensors = keras.tree.flatten(inputs)
+        given = any(m is not None for m in keras.tree.flatten(mask))
+        if given and not any(map(_carries_mask, tensors)):
+            raise ValueError(
+                f"Nested model '{graph.name}' is called with a `mask`, which "
+                "is lost where DFA and DenseFA take it apart. Let the mask "
+                "come from a Masking or Embedding layer."
+            )
+        if isinstance(graph, keras.Sequential):
+            policy, how = (
+                graph.dtype_policy,
+                (graph.autocast, graph.input_dtype),
+            )
+            tensors = [policy.convert_input(x, *how) for x in tensors]
+        tensors = [
+            x if x.dtype == wanted.dtype else ops.cast(x, wanted.dtype)
+            for x, wanted in zip(tensors, piece.inputs)
+        ]
+        # Not `piece.call`, which would copy each of them by an operation.
+        return keras.Function.call(piece, tensors)
+
+    flat = copy(model, None)
+    _copy_state({model: flat, **clones})
+    return flat, clones
+
+
+def _carries_mask(tensor: keras.KerasTensor) -> bool:
+    """Whether layers find a mask on a tensor without being given one."""
+    found = []
+
+    class Find(keras.layers.Layer):
+        def call(self, inputs: object, mask: object = None) -> object:
+            found.append(mask)
+            return inputs
+
+    Find()(tensor)
+    return any(mask is not None for mask in found)
+
+
+def _unique_names(
+    paths: dict[keras.Operation, tuple[str, ...]], taken: list[str]
+) -> dict[keras.Operation, str]:
+    """Names for operations: their own, or their path's where two have one."""
+    found = collections.Counter(
+        [*taken, *(path[-1] for path in paths.values())]
+    )
+    names = {o: path[-1] for o, path in paths.items() if found[path[-1]] == 1}
+    taken = {*taken, *names.values()}
+    for operation, path in paths.items():
+        if operation not in names:
+            name = "_".join(path)
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            names[operation] = name
+    return names
+
+
+def _copy_state(clones: Clones) -> None:
+    """Gives new layers the state of the old ones; models come first."""
+    for source, new in clones.items():
         if isinstance(source, keras.layers.Layer) and new is not source:
             if new.trainable != source.trainable:
                 new.trainable = source.trainable  # and that of all in it
             copy_weights(source, new)
-    return clones[model], clones
 
 
 @contextlib.contextmanager
@@ -159,7 +315,10 @@ def again(
             if cls is not None:
                 raise
             # A from_config of its own may take nothing but configs.
-            new = type(layer).from_config(layer.get_config())
+            plain = layer.get_config()
+            if "name" in plain:
+                plain["name"] = config["name"]
+            new = type(layer).from_config(plain)
         if hasattr(layer, "save_assets"):
             with tempfile.TemporaryDirectory() as folder:
                 layer.save_assets(folder)

@@ -5,6 +5,23 @@ kernel node is one from which another kernel node can be reached. Its error
 arrives at its *tap*: follow its output through normalization, activation and
 dropout layers with one input and one consumer, and stop before pooling, a
 merge, a branch or the next kernel layer.
+
+DFA sends the error of one node, the *source*, to taps, and no error passes a
+tap from above. `taps` and `error_from` of `convert` name other taps and another
+source; what lies between two taps is then a *block*, in which errors are exact:
+
+```
+x -> a -> b -> TAP STOP -> c -> d -> TAP STOP -> readout -> SOURCE SEND -> ...
+     <- exact -  |         <- exact -  |         <---- exact ----    |
+                 +----- e B_1 ---------+---------- e B_2 ------------+
+```
+
+How a model gets there: names are looked up in the model as it is given
+(`named`); nested models are taken apart (`_cloning.flatten`), since the layer
+that sends an error needs the tensors that receive it, whatever model they are
+made in; `Graph` records the nodes of what is left; `direct` and `dense` say who
+sends to whom; and `conversion` calls the layers anew, with SEND behind sources
+and STOP behind taps.
 """
 
 import collections
@@ -13,6 +30,8 @@ import functools
 from collections.abc import Callable
 
 import keras
+
+from keras_fa import _cloning
 
 # What a tap moves through, besides the operations of activation functions.
 _PASSED = (
@@ -59,11 +78,16 @@ class Node:
     shape: tuple[int | None, ...] | None = None
 
 
+# The receivers of each source, and where what each receives arrives.
+Sends = dict[Node, dict[Node, Node]]
+
+
 class Graph:
     """The nodes of a Functional model.
 
     Args:
-        model: A Functional model with one output. Nothing is added to it.
+        model: A Functional model with one output, without nested models.
+            Nothing is added to it.
         is_kernel: Tells which operations are kernel layers.
 
     Attributes:
@@ -105,9 +129,25 @@ class Graph:
                     first |= self._next[consumer]
             self._above[node], self._next[node] = above | first, first
 
-    def hidden(self) -> list[Node]:
-        """The hidden kernel nodes."""
-        return [node for node in self._kernels if self._above[node]]
+    def hidden(self, source: Node | None = None) -> list[Node]:
+        """The hidden kernel nodes of what ends at a node; default: all."""
+        end = source or self.output
+        ending = {end, *self.below(end)}
+        return [
+            node
+            for node in self._kernels
+            if not ending.isdisjoint(self._above[node])
+        ]
+
+    def below(self, node: Node) -> set[Node]:
+        """The nodes from which a node can be reached."""
+        found, left = set(), list(node.parents)
+        while left:
+            parent = left.pop()
+            if parent not in found:
+                found.add(parent)
+                left += parent.parents
+        return found
 
     def tap(self, node: Node) -> Node:
         """The node at whose output the error of a kernel node arrives."""
@@ -135,16 +175,29 @@ class Graph:
             nodes += nodes[-1].parents
         return nodes
 
-    def direct(self) -> dict[Node, list[Node]]:
-        """DFA's sends: from the logits to every hidden kernel node."""
-        return {self.logits(): self.hidden()} if self.hidden() else {}
+    def direct(
+        self, source: Node | None = None, taps: list[Node] | None = None
+    ) -> Sends:
+        """DFA's sends.
 
-    def dense(self) -> dict[Node, list[Node]]:
+        Args:
+            source: Whose error is sent. Default: that of the logits.
+            taps: What receives it, right at its output. Default: every hidden
+                kernel node below the source, at its tap.
+        """
+        source = source or self.logits()
+        if taps is None:
+            receivers = {n: self.tap(n) for n in self.hidden(source)}
+        else:
+            receivers = {tap: tap for tap in taps}
+        return {source: receivers} if receivers else {}
+
+    def dense(self) -> Sends:
         """DenseFA's: from each kernel node to all beyond those just below."""
-        sends = collections.defaultdict(list)
+        sends = collections.defaultdict(dict)
         for node in self.hidden():
             for source in self._above[node] - self._next[node]:
-                sends[source].append(node)
+                sends[source][node] = self.tap(node)
         return {node: sends[node] for node in self._kernels if node in sends}
 
 
@@ -194,11 +247,43 @@ def _record(model: keras.Model) -> tuple[list[Node], Node]:
 
     # Of a view, which is not compiled and has no constructor of a user's.
     recording = keras.models.clone_model(
-        keras.Model(model.input, model.output),
+        _cloning.functional(model),
         clone_function=lambda operation: operation,
         call_function=record,
     )
     return nodes, produced[recording.outputs[0]]
+
+
+def named(
+    model: keras.Model, graph: Graph, clones: _cloning.Clones
+) -> dict[str, list[Node]]:
+    """The calls of each layer, operation and nested model, by its path.
+
+    Args:
+        model: A Functional or Sequential model.
+        graph: That of the model without nested models.
+        clones: The layers of that one by those of the model.
+
+    Returns:
+        By path (`name`, or `model/name` in a nested model) the nodes; those of
+        a nested model are the calls of the layer that its output comes from,
+        and none if it has several outputs.
+    """
+    calls = collections.defaultdict(list)
+    for node in graph.nodes:
+        calls[node.operation].append(node)
+
+    def last(operation: keras.Operation | None) -> keras.Operation | None:
+        if not _cloning.is_graph(operation):
+            return clones.get(operation, operation)
+        if len(operation.outputs) != 1:
+            return None
+        return last(_record(_cloning.functional(operation))[1].operation)
+
+    return {
+        "/".join(path): calls[last(operation)]
+        for path, operation in _cloning.walk(model)
+    }
 
 
 @functools.cache

@@ -53,6 +53,12 @@ _CLASSES = {
 }
 _OURS = (FeedbackLayer, direct.SendError, direct.StopError)
 _MAP_LAW = "glorot_uniform"
+# What two arguments of `convert` name.
+_ENDS = {
+    "taps": "layers below the source whose outputs have static shapes",
+    "error_from": "a layer that is called once, with an output of static "
+    "shape, above what receives its error",
+}
 
 Layers = Mapping[str | type, str | methods.Method] | None
 
@@ -63,6 +69,8 @@ def convert(
     layers: Layers = None,
     skip: Iterable[str] = (),
     feedback_maps: str = "dense",
+    taps: Iterable[str] | None = None,
+    error_from: str | None = None,
 ) -> keras.Model:
     """The same model under another way to train it.
 
@@ -91,6 +99,29 @@ def convert(
             from feature map to feature map and, from a vector, a matrix for
             each place of a 4x4 grid, resized to the receiver. The law is the
             method's `map_initializer`.
+        taps: For DFA, the layers at whose outputs direct error arrives, by
+            name: any layer, operation or nested model below the source, with
+            or without a kernel, whose output has a static shape. At a tap the
+            error is `B_l e` and no error from above is added to it; between
+            two taps, in a block, errors are exact (backpropagation), and so
+            are they above the last tap and along a branch that goes around a
+            tap. A name is that of a layer or, in a nested model, its path:
+            `"block"`, `"block/dense"`, or `"dense"` alone where no other
+            layer has it. A nested model stands for the layer that its output
+            comes from. Every call of a layer that is called several times is
+            a tap. Default `None`: every hidden kernel layer, behind the
+            normalization, activation and dropout layers that follow it.
+        error_from: For DFA, the layer whose output's error is e, by name as
+            in `taps`. What is above it is backpropagated. Default `None`:
+            the logits, which the name of a last layer with a softmax or
+            sigmoid stands for, too.
+
+    DFA and DenseFA take nested models apart: the new model has their layers
+    and no `get_layer("backbone")`, and so has what `to_backprop` makes of it.
+    A layer keeps its name unless another one has it, too; then it is
+    `backbone_dense`, after the models that it was in. Layers that were frozen
+    with their model are frozen, and set free one by one. Weight files of a
+    stock model with nested models load into that one, which is then converted.
 
     A model with FA layers, converted or written by hand, is taken back to
     stock first: the feedback arguments and the constraints of this package
@@ -111,12 +142,16 @@ def convert(
             built, has a layer with a kernel but without a counterpart that
             `skip` does not name, or one that Keras cannot make again, or if a
             name is unknown, or if a method without direct errors is given
-            `feedback_maps`; under DFA and DenseFA also for nested models,
-            several outputs, `layers`, maps that the machine's memory cannot
+            `feedback_maps`, or one other than DFA `taps` or `error_from`; if
+            these name no layer that there is, one twice, or one that is not
+            below the source or has no static shape; under DFA and DenseFA
+            also for several outputs, `layers`, nested models that are called
+            with a mask of their own, maps that the machine's memory cannot
             hold (before they are made), and convolutional maps for kernel
             layers that are channels_first.
 
-    Source: Moskovitz et al. (2018) for the methods.
+    Source: Moskovitz et al. (2018) for the methods; Launay, Poli, Boniface &
+    Krzakala (2020) for DFA by blocks.
 
     Example:
 
@@ -140,6 +175,9 @@ def convert(
     # Logs "DFA: 1 fixed random convolutional maps for model 'sequential'
     # need 5,120 bytes (0.0 MiB).", where dense ones need 216,320.
     direct = convert(stock, "dfa", feedback_maps="convolutional")
+
+    # Direct error at the output of `flatten` alone.
+    blocks = convert(stock, "dfa", taps=["flatten"])
     ```
     """
     method = _own(methods.get(method))
@@ -149,6 +187,17 @@ def convert(
             "`feedback_maps` are those of DFA and DenseFA. Received: "
             f"feedback_maps={feedback_maps!r} with '{method.name}', whose "
             "errors go from layer to layer. Leave `feedback_maps` out."
+        )
+    if method.wiring != "direct" and not (taps is None and error_from is None):
+        raise ValueError(
+            "`taps` and `error_from` are those of DFA. Received: "
+            f"taps={taps!r}, error_from={error_from!r} with '{method.name}'. "
+            "Leave them out."
+        )
+    if method.direct_signal == "target" and error_from is not None:
+        raise ValueError(
+            f"'{method.name}' sends the target of the logits. Received: "
+            f"error_from={error_from!r}. Leave it out."
         )
     _check_model(model)
     stock, stocks = model, {}
@@ -164,7 +213,10 @@ def convert(
 
         converted, clones = _cloning.rebuild(stock, make)
     else:
-        converted, clones = _wire(stock, method, feedback_maps)
+        loss = model.loss if model.compiled else None
+        converted, clones = _wire(
+            stock, method, feedback_maps, taps, error_from, loss
+        )
     _name_peers(clones)
     _carry_feedback(stocks, clones, converted)
     refresh(converted)
@@ -374,29 +426,36 @@ def _is_ours(constraint: object) -> bool:
 
 
 def _wire(
-    model: keras.Model, method: methods.Method, feedback_maps: str
+    model: keras.Model,
+    method: methods.Method,
+    feedback_maps: str,
+    taps: Iterable[str] | None,
+    error_from: str | None,
+    loss: object,
 ) -> tuple[keras.Model, _cloning.Clones]:
     """The model under DFA or DenseFA."""
-    _check_wirable(model, method, feedback_maps)
-    given = model
-    if isinstance(model, keras.Sequential):
-        model = keras.Model(
-            model.inputs[0],
-            model.outputs[0],
-            name=model.name,
-            trainable=model.trainable,
-        )
+    _check_wirable(model, feedback_maps)
+    flat, flats = model, {}
+    if any(map(_cloning.is_graph, model.layers)):
+        flat, flats = _cloning.flatten(model)
+    elif isinstance(model, keras.Sequential):
+        flat = _cloning.functional(model)
     graph = _wiring.Graph(
-        model, lambda operation: type(operation) in _COUNTERPART
+        flat, lambda operation: type(operation) in _COUNTERPART
     )
     dfa = method.wiring == "direct"
-    sends = graph.direct() if dfa else graph.dense()
-    stops = {graph.tap(node) for node in graph.hidden()} if dfa else set()
-    signal = _signal(given, graph, method)
+    if dfa:
+        named = _wiring.named(model, graph, flats)
+        sends = graph.direct(*_named_ends(graph, named, taps, error_from))
+    else:
+        sends = graph.dense()
+    arrivals = [tap for taps in sends.values() for tap in taps.values()]
+    stops = set(arrivals) if dfa else set()
+    signal = _signal(graph, method, loss)
     pairs = [
-        (source.shape, graph.tap(receiver).shape)
+        (source.shape, tap.shape)
         for source, receivers in sends.items()
-        for receiver in receivers
+        for tap in receivers.values()
     ]
     what = f"fixed random {feedback_maps} maps for model '{model.name}'"
     _say_bytes(f"{method.title}: {len(pairs)} {what}", pairs, feedback_maps)
@@ -409,9 +468,11 @@ def _wire(
     split = [
         layer
         for layer, name in fused.items()
-        if name != "linear" and (not dfa or name in _wiring.TO_PROBABILITIES)
+        if name != "linear"
+        and (not dfa or name in _wiring.TO_PROBABILITIES)
+        and (not dfa or graph.logits() in sends)
     ]
-    taken = {operation.name for operation in model.operations}
+    taken = {operation.name for operation in flat.operations}
 
     def free(name: str) -> str:
         while name in taken:
@@ -434,7 +495,7 @@ def _wire(
             clone.activity_regularizer = None
         return clone
 
-    nodes, taps = iter(graph.nodes), {}
+    nodes, ends = iter(graph.nodes), {}
 
     def call(layer: keras.Operation, *args: object, **kwargs: object) -> object:
         node = next(nodes)
@@ -448,28 +509,97 @@ def _wire(
                 signal=signal,
                 name=free(f"{node.label}_send_error"),
             )
-            ends = [taps[graph.tap(receiver)] for receiver in sends[node]]
-            outputs = send([outputs, *ends])
+            arriving = [ends[tap] for tap in sends[node].values()]
+            outputs = send([outputs, *arriving])
         if layer in activations:
             outputs = activations[layer](outputs)
-        taps[node] = outputs
+        ends[node] = outputs
         if node in stops:
             outputs = direct.StopError(name=free(f"{node.label}_stop_error"))(
                 outputs
             )
         return outputs
 
-    return _cloning.rebuild(model, make, call)
+    converted, clones = _cloning.rebuild(flat, make, call)
+    for source, new in flats.items():
+        if new in clones:  # and not left out, as what made a mask may be
+            clones[source] = clones[new]
+    return converted, clones
 
 
-def _signal(
-    model: keras.Model, graph: _wiring.Graph, method: methods.Method
-) -> str:
+def _named_ends(
+    graph: _wiring.Graph,
+    named: dict[str, list[_wiring.Node]],
+    taps: Iterable[str] | None,
+    error_from: str | None,
+) -> tuple[_wiring.Node, list[_wiring.Node] | None]:
+    """The source and the taps that the arguments of `convert` name."""
+
+    def found(name: str, argument: str, allowed: list[str]) -> str:
+        """The path of what a name stands for."""
+        given = str(name)
+        paths = [given] if given in named else []
+        if not paths:
+            paths = [path for path in named if path.endswith(f"/{given}")]
+        why = "which is not one of them"
+        if not paths:
+            why = "a name that no layer has"
+        elif len({id(named[path]) for path in paths}) > 1:  # of several layers
+            why = f"which may be {' or '.join(paths)}"
+        elif paths[0] in allowed:
+            return paths[0]
+        raise ValueError(
+            f"`{argument}` names {_ENDS[argument]}. Received: {name!r}, {why}. "
+            f"Allowed: {', '.join(allowed)}"
+        )
+
+    def fixed(nodes: list[_wiring.Node]) -> bool:
+        shapes = [node.shape for node in nodes]
+        return bool(shapes) and not any(
+            s is None or None in s[1:] for s in shapes
+        )
+
+    source = graph.logits()
+    if error_from is not None:
+        allowed = [
+            path
+            for path, nodes in named.items()
+            if len(nodes) == 1
+            and fixed(nodes)
+            and (taps is not None or graph.hidden(nodes[0]))
+        ]
+        (source,) = named[found(error_from, "error_from", allowed)]
+    if taps is None:
+        return source, None
+    below = graph.below(source)
+    allowed = [
+        path
+        for path, nodes in named.items()
+        if below.issuperset(nodes) and fixed(nodes)
+    ]
+    ends = []
+    for name in [taps] if isinstance(taps, str) else taps:
+        nodes = named[found(name, "taps", allowed)]
+        if not set(nodes).isdisjoint(ends):
+            raise ValueError(
+                "`taps` names each layer once. Received: one for the second "
+                f"time, {name!r}"
+            )
+        ends += nodes
+    if not ends:
+        raise ValueError(
+            "`taps` names at least one layer. Received: none. Leave `taps` out "
+            "to send error to every hidden kernel layer."
+        )
+    return source, ends
+
+
+def _signal(graph: _wiring.Graph, method: methods.Method, loss: object) -> str:
     """What the logits' node sends: the argument `signal` of `SendError`."""
     if method.direct_signal == "error":
         return "error"
-    if model.compiled:
-        return direct.target_signal(model.loss)
+    if loss is not None:
+        return direct.target_signal(loss)
     # Told by what makes probabilities of the logits, or else by their number.
     names = graph.probabilities()
     alone = graph.logits().shape[-1] == 1 and "softmax" not in names
@@ -664,20 +794,11 @@ def _check_layers(model: keras.Model, skip: set[str]) -> None:
             )
 
 
-def _check_wirable(
-    model: keras.Model, method: methods.Method, feedback_maps: str
-) -> None:
+def _check_wirable(model: keras.Model, feedback_maps: str) -> None:
     """Refuses models that DFA and DenseFA have no wiring for."""
-    nested = [layer.name for layer in model.layers if _cloning.is_graph(layer)]
-    if nested:
-        raise ValueError(
-            f"'{method.name}' does not support nested models yet. Received: "
-            f"nested models {', '.join(nested)} in '{model.name}'. Build the "
-            "model from their layers directly, or use another method."
-        )
     first = [
         layer.name
-        for layer in model.layers
+        for layer in _cloning.leaves(model)
         if type(layer) in _COUNTERPART
         and getattr(layer, "data_format", None) == "channels_first"
     ]

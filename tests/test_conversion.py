@@ -146,11 +146,7 @@ MODELS = {
     "dictionary": (dictionary, {"vector": VECTORS, "image": IMAGES}),
     "nested": (nested, VECTORS),
 }
-CASES = [
-    (kind, method)
-    for kind in MODELS
-    for method in (CHAINED if kind == "nested" else METHODS)
-]
+CASES = [(kind, method) for kind in MODELS for method in METHODS]
 # Where a model is trained and saved: each method and each model.
 FEW = [("dictionary", method) for method in METHODS] + [
     ("functional", "bp_noise"),
@@ -159,6 +155,8 @@ FEW = [("dictionary", method) for method in METHODS] + [
     ("functional", "dfa"),
     ("nested", "fa_usf_sn"),
     ("nested", "fa_usf_const_ei"),
+    ("nested", "dfa"),
+    ("nested", "dense_fa"),
 ]
 
 

@@ -1051,16 +1051,6 @@ def test_several_outputs_are_refused(method: str) -> None:
         convert(stock, method)
 
 
-@pytest.mark.parametrize("method", ["dfa", "dense_fa"])
-def test_nested_models_are_refused_by_name(method: str) -> None:
-    inner = keras.Sequential(
-        [keras.Input((4,)), layers.Dense(4)], name="inside"
-    )
-    stock = keras.Sequential([keras.Input((4,)), inner, layers.Dense(3)])
-    with pytest.raises(ValueError, match=r"nested models.*inside"):
-        convert(stock, method)
-
-
 def test_names_that_are_taken() -> None:
     start = keras.Input((4,))
     x = layers.Dense(5, activation="relu", name="h")(start)
