@@ -1,4 +1,4 @@
-"""Callbacks: strict normalization, and a look at alignment while training."""
+"""Callbacks: strict normalization, a look at alignment, a check of averages."""
 
 import dataclasses
 import math
@@ -14,7 +14,9 @@ from keras_fa import _gradients
 from keras_fa._types import Tensor
 from keras_fa.alignment import alignment_function
 from keras_fa.alignment import named_paths
+from keras_fa.constraints import KernelConstraint
 from keras_fa.constraints import SignConcordance
+from keras_fa.constraints import parts_of
 from keras_fa.layers.direct import SendError
 from keras_fa.layers.direct import target_signal
 from keras_fa.layers.feedback import FeedbackLayer
@@ -120,6 +122,67 @@ def _recompile(model: keras.layers.Layer, changed: list) -> None:
     """A training step that was traced with other rules is made anew."""
     if changed and getattr(model, "train_function", None) is not None:
         model.make_train_function(force=True)
+
+
+class RefuseAverages(keras.callbacks.Callback):
+    """Refuses to train fixed signs and norms with `use_ema=True`.
+
+    At the end of `fit` such an optimizer overwrites each kernel with the
+    average of its values before `FixedSign` and `ConstantNorm` had run, which
+    have other signs and another norm. The methods with such constraints bring
+    this callback, and `convert` checks a compiled model by itself. For models
+    written by hand it is to be given to `fit`.
+
+    Raises:
+        ValueError: At the beginning of `fit`, if the optimizer has
+            `use_ema=True` and a kernel has a `KernelConstraint`.
+
+    Example:
+
+    ```python
+    import numpy as np
+    import keras
+    from keras_fa import FADense
+    from keras_fa.callbacks import RefuseAverages
+
+    layer = FADense(4, kernel_constraint="constant_norm")
+    model = keras.Sequential([keras.Input((8,)), layer])
+    model.compile(keras.optimizers.Adam(use_ema=True), "mse")
+    x, y = np.ones((16, 8)), np.ones((16, 4))
+    try:
+        model.fit(x, y, callbacks=[RefuseAverages()], verbose=0)
+    except ValueError as error:
+        assert "use_ema=True" in str(error)
+    ```
+    """
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        refuse_averages(self.model)
+
+
+def refuse_averages(model: keras.Model) -> None:
+    """What `RefuseAverages` does, for a compiled model.
+
+    Raises:
+        ValueError: As the callback.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    # Under mixed_float16 Keras wraps the optimizer.
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if not getattr(optimizer, "use_ema", False):
+        return
+    for layer in all_layers(model):
+        stock = ("kernel_constraint",)
+        for name in getattr(layer, "kernel_constraint_arguments", stock):
+            for part in parts_of(getattr(layer, name, None)):
+                if isinstance(part, KernelConstraint):
+                    raise ValueError(
+                        f"{type(optimizer).__name__}(use_ema=True) overwrites "
+                        "kernels with averages after "
+                        f"{type(part).__name__} of layer '{layer.name}' has "
+                        "run, which then no longer holds. Use use_ema=False, "
+                        "or a method without fixed signs and norms."
+                    )
 
 
 class MirrorPhase(keras.callbacks.Callback):

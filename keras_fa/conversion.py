@@ -34,6 +34,7 @@ from keras import ops
 
 from keras_fa import _cloning
 from keras_fa import _wiring
+from keras_fa import callbacks
 from keras_fa import constraints
 from keras_fa import initializers
 from keras_fa import layers as fa_layers
@@ -144,7 +145,8 @@ def convert(
             name is unknown, or if a method without direct errors is given
             `feedback_maps`, or one other than DFA `taps` or `error_from`; if
             these name no layer that there is, one twice, or one that is not
-            below the source or has no static shape; under DFA and DenseFA
+            below the source or has no static shape, or if the model is
+            compiled with `use_ema=True` and a method fixes signs or norms; under DFA and DenseFA
             also for several outputs, `layers`, nested models that are called
             with a mask of their own, maps that the machine's memory cannot
             hold (before they are made), and convolutional maps for kernel
@@ -749,6 +751,7 @@ def _compile_as(model: keras.Model, other: keras.Model) -> None:
             f"({_cloning.reason(error)}) Compile the new model.",
             stacklevel=3,
         )
+    callbacks.refuse_averages(other)
 
 
 def _check_model(model: keras.Model) -> None:

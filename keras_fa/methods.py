@@ -25,6 +25,7 @@ import keras
 
 from keras_fa._types import Identifier
 from keras_fa.callbacks import MirrorPhase
+from keras_fa.callbacks import RefuseAverages
 from keras_fa.callbacks import StrictNormalization
 from keras_fa.callbacks import TargetLoss
 from keras_fa.constraints import Chain
@@ -80,9 +81,9 @@ class Method:
             `feedback_learning` of `keras_fa.layers.direct.SendError`.
         direct_signal: What DFA sends: `"error"`, or in its place `"target"`,
             where the loss is the softmax or sigmoid cross-entropy.
-        callback_classes: What `callbacks()` makes. Nothing depends on it: SN
-            is strict by its rule, and its callback is there for loops that
-            were written with one.
+        callback_classes: What `callbacks()` makes besides. Nothing depends on
+            it: SN is strict by its rule, and its callback is there for loops
+            that were written with one.
     """
 
     name: str
@@ -101,8 +102,12 @@ class Method:
     callback_classes: tuple[Callable[[], keras.callbacks.Callback], ...] = ()
 
     def callbacks(self) -> list[keras.callbacks.Callback]:
-        """The callbacks that go with this method: a fresh list each time."""
-        return [make() for make in self.callback_classes]
+        """The callbacks that go with this method: a fresh list each time.
+
+        With a `kernel_constraint`, `RefuseAverages` is among them.
+        """
+        made = [make() for make in self.callback_classes]
+        return made + [RefuseAverages()] * (self.kernel_constraint is not None)
 
 
 METHODS: dict[str, Method] = {

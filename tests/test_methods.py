@@ -10,6 +10,7 @@ from keras import layers
 
 from keras_fa import convert
 from keras_fa import methods
+from keras_fa.callbacks import RefuseAverages
 from keras_fa.callbacks import StrictNormalization
 from keras_fa.methods import METHODS
 
@@ -73,7 +74,11 @@ def test_rows() -> None:
 def test_callbacks_are_fresh(method: str) -> None:
     first, second = (METHODS[method].callbacks() for _ in range(2))
     strict = method in ("fa_usf_sn", "dense_fa")
-    assert [type(c) for c in first] == [StrictNormalization] * strict
+    fixed = METHODS[method].kernel_constraint is not None
+    assert [type(c) for c in first] == [
+        *[StrictNormalization] * strict,
+        *[RefuseAverages] * fixed,
+    ]
     assert first is not second
     assert all(a is not b for a, b in zip(first, second))
 

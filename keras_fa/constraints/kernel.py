@@ -124,7 +124,7 @@ class FixedSign(KernelConstraint):
     zero and keeps its sign: an inhibitory one is -0.0, and feedback rules see
     that sign and not sign(0). A weight that starts at zero is excitatory. An
     optimizer's `use_ema=True` averages kernels before this constraint has run:
-    do not use the two together.
+    `keras_fa.callbacks.RefuseAverages` refuses the two together.
 
     With `per="unit"` all weights out of one presynaptic unit have one sign
     (Dale's law). The layer then draws W_0 as ever and gives a random
@@ -257,7 +257,8 @@ class ConstantNorm(KernelConstraint):
     After an update `W <- W ||W_0|| / ||W||`, with the Frobenius norm of the
     whole kernel. A kernel of zeros stays one. An optimizer's `use_ema=True`
     overwrites kernels with averages after the constraints have run and so
-    breaks the norm: do not use the two together.
+    breaks the norm: `keras_fa.callbacks.RefuseAverages` refuses the two
+    together.
 
     Source: Moskovitz et al. (2018), constant forward norms.
 
