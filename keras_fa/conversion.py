@@ -82,6 +82,10 @@ def convert(
     and objects that a layer was given, such as a lambda as its activation, are
     carried over as they are.
 
+    Only a method with `FixedSign(per="unit")` (Dale's law) changes weights: a
+    kernel in which units have weights of both signs becomes |W| times a sign
+    that is drawn for each unit, as `FixedSign` says, with a warning.
+
     Args:
         model: A built Functional or Sequential model: stock, or converted
             before (it is taken back to stock first). It is left as it is.
@@ -221,6 +225,7 @@ def convert(
         )
     _name_peers(clones)
     _carry_feedback(stocks, clones, converted)
+    _give_units_signs(converted)
     refresh(converted)
     _compile_as(model, converted)
     return converted
@@ -704,6 +709,28 @@ def _carry_feedback(
             for name, variable in new.stored_feedback().items():
                 if name in given and given[name].shape == variable.shape:
                     variable.assign(ops.copy(given[name]))
+
+
+def _give_units_signs(model: keras.Model) -> None:
+    """Gives kernels of stock weights signs by unit, where they are fixed so."""
+    changed = []
+    for layer in feedback_layers(model):
+        for name, path in zip(layer.kernel_names, layer.feedback_paths):
+            kernel = ops.convert_to_tensor(path.kernel)
+            for part in path.fixed.constraints:
+                if isinstance(part, constraints.FixedSign) and part.lost(
+                    kernel
+                ):
+                    units = layer.presynaptic_units(name, kernel.shape)
+                    path.kernel.assign(part.initial_kernel(kernel, units))
+                    changed.append(path.kernel.path)
+    if changed:
+        warnings.warn(
+            f"FixedSign(per='unit'): {', '.join(changed)} became |W| times the "
+            "sign that was drawn for each presynaptic unit, balanced, with the "
+            "norm of W. The outputs are not those of the given model.",
+            stacklevel=3,
+        )
 
 
 def _same_law(old: object, new: object) -> bool:

@@ -132,9 +132,11 @@ class FixedSign(KernelConstraint):
     -1. The inhibitory weights are scaled by the ratio of excitatory to
     inhibitory units, so that the two balance for equal inputs, and all weights
     together so that the norm is that of the draw. Balancing and scaling are
-    our choice. When other weights are loaded, a unit's sign becomes that of
-    the sum of its weights, with a warning if some of these have the other
-    sign: the next update sets them to zero.
+    our choice. `keras_fa.convert` does so with the weights of a stock model,
+    in the place of a draw, and warns that its outputs are then others. When
+    other weights are loaded, a unit's sign becomes that of the sum of its
+    weights, with a warning if some of these have the other sign: the next
+    update sets them to zero.
 
     Args:
         per: `"synapse"` (default) or `"unit"`.
@@ -217,6 +219,15 @@ class FixedSign(KernelConstraint):
         )
         return ops.take(sums, self._units) >= 0
 
+    def lost(self, kernel: Tensor) -> float:
+        """The share of weights that would be zeroed if this kernel were W_0.
+
+        Those of another sign than the sum of their presynaptic unit's.
+        """
+        kernel = ops.convert_to_tensor(kernel)
+        wrong = ops.where(self._of(kernel), kernel, -kernel) < 0
+        return float(ops.mean(ops.cast(wrong, "float32")))
+
     def signed(self, kernel: Tensor) -> Tensor:
         """A kernel whose zeros have their fixed sign: ±0 is ±1.2e-38."""
         signed = _away_from_zero(kernel, self._recalled(kernel))
@@ -224,8 +235,7 @@ class FixedSign(KernelConstraint):
 
     def refresh(self, kernel: keras.Variable) -> None:
         super().refresh(kernel)
-        kernel = ops.convert_to_tensor(kernel)
-        lost = float(ops.mean(ops.cast(self(kernel) != kernel, "float32")))
+        lost = self.lost(kernel)
         if lost:
             warnings.warn(
                 f"{100 * lost:.0f} % of the weights of a kernel do not have "

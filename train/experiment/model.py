@@ -4,6 +4,7 @@ An optimiser is added as one entry of `OPTIMIZERS`.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -14,7 +15,10 @@ import keras_fa
 from experiment import networks
 from experiment.datasets import DATASETS
 from experiment.errors import UserError
+from keras_fa.constraints import Chain
+from keras_fa.constraints import FixedSign
 from keras_fa.constraints import SignConcordance
+from keras_fa.constraints import parts_of
 from keras_fa.methods import METHODS
 from keras_fa.methods import Method
 
@@ -56,10 +60,15 @@ def build(config: SimpleNamespace) -> keras.Model:
         synchronized=config.strategy != "none",
     )
     method = scaled(METHODS[config.method], config.feedback_scale)
+    if config.fixed_signs == "unit":
+        method = signs_by_unit(method)
     try:
-        model = keras_fa.convert(
-            stock, method, feedback_maps=config.feedback_maps
-        )
+        with warnings.catch_warnings():
+            # The weights have just been drawn, and nobody knows them.
+            warnings.filterwarnings("ignore", r"FixedSign\(per='unit'\)")
+            model = keras_fa.convert(
+                stock, method, feedback_maps=config.feedback_maps
+            )
     except ValueError as error:  # maps that are too large
         raise UserError(
             f"--feedback_maps={config.feedback_maps}: {error}"
@@ -80,6 +89,27 @@ def draws(method: Method) -> bool:
         or (fixed and not method.feedback_constraint.strict)
         or method.feedback_constraint is None
     )
+
+
+def takes_units(method: Method) -> bool:
+    """Whether it fixes signs, and learns something where units have them.
+
+    Not under feedback of one magnitude, as `FeedbackPath.warn_if_equal` says.
+    """
+    rule = method.feedback_constraint
+    return not (isinstance(rule, SignConcordance) and rule.strict) and any(
+        isinstance(part, FixedSign)
+        for part in parts_of(method.kernel_constraint)
+    )
+
+
+def signs_by_unit(method: Method) -> Method:
+    """The method whose fixed signs are those of presynaptic units."""
+    parts = [
+        FixedSign(per="unit") if isinstance(part, FixedSign) else part
+        for part in parts_of(method.kernel_constraint)
+    ]
+    return dataclasses.replace(method, kernel_constraint=Chain(parts))
 
 
 def scaled(method: Method, scale: float) -> Method:

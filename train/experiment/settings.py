@@ -21,6 +21,7 @@ from experiment.devices import STRATEGIES
 from experiment.errors import UserError
 from experiment.model import OPTIMIZERS
 from experiment.model import draws
+from experiment.model import takes_units
 from experiment.networks import NETWORKS
 from keras_fa.methods import METHODS
 
@@ -265,6 +266,15 @@ TABLE = (
         "dense",
         "Form of the fixed maps of DFA and DenseFA. dense: a matrix between "
         "two feature maps; convolutional: a small kernel, shared in space.",
+    ),
+    Setting(
+        "fixed_signs",
+        _RECIPE,
+        ("synapse", "unit"),
+        "synapse",
+        "Whose signs an E/I method fixes. synapse: those of W_0; unit: all "
+        "weights out of a presynaptic unit have one that is drawn for it "
+        "(Dale's law).",
     ),
     Setting(
         "dropout",
@@ -569,6 +579,14 @@ def check(config: SimpleNamespace) -> None:
             f"--feedback_scale={config.feedback_scale}: {config.method} has no "
             "fixed random feedback to scale. Leave it out, or choose "
             f"--method={'|'.join(drawing)}."
+        )
+    if config.fixed_signs == "unit" and not takes_units(METHODS[config.method]):
+        taking = [name for name, m in METHODS.items() if takes_units(m)]
+        raise UserError(
+            f"--fixed_signs=unit: {config.method} fixes no signs, or sends "
+            "errors through feedback of one magnitude, by which units of one "
+            "sign learn nothing. Leave it out, or choose "
+            f"--method={'|'.join(taking)}."
         )
     for name in ("image_size", "crop_area"):
         value = getattr(config, name)
