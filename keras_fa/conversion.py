@@ -150,11 +150,11 @@ def convert(
             `feedback_maps`, or one other than DFA `taps` or `error_from`; if
             these name no layer that there is, one twice, or one that is not
             below the source or has no static shape, or if the model is
-            compiled with `use_ema=True` and a method fixes signs or norms; under DFA and DenseFA
-            also for several outputs, `layers`, nested models that are called
-            with a mask of their own, maps that the machine's memory cannot
-            hold (before they are made), and convolutional maps for kernel
-            layers that are channels_first.
+            compiled with `use_ema=True` and a method fixes signs or norms;
+            under DFA and DenseFA also for several outputs, `layers`, nested
+            models that are called with a mask of their own, maps that the
+            machine's memory cannot hold (before they are made), and
+            convolutional maps for kernel layers that are channels_first.
 
     Source: Moskovitz et al. (2018) for the methods; Launay, Poli, Boniface &
     Krzakala (2020) for DFA by blocks.

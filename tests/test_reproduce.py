@@ -499,19 +499,42 @@ def test_bad_input(arguments, says, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize("column", columns.COLUMNS)
 def test_every_cell_has_its_command(column):
     for method in columns.COLUMNS[column].methods:
-        (*flagfile, _) = arguments = [*columns.cell(column, method), "--seed=0"]
-        if column != "digits":
-            assert len(flagfile) == 1
-        config = config_of(*arguments)
+        config = config_of(*columns.cell(column, method), "--seed=0")
         settings.check(config)
         assert (config.dataset, config.model, config.method) == (
             *columns.COLUMNS[column][:2],
             method,
         )
         assert config.alignment_every == 1
-    if column != "digits":
-        with pytest.raises(UserError, match="has no recipe"):
-            columns.cell(column, "nonsense")
+        text = columns.file_of(column, method).read_text("utf-8")
+        given = [line for line in text.splitlines() if line[:2] == "--"]
+        assert f"--method={method}" in given
+        # A search is over what the column leaves open, and may go beyond.
+        recipe = columns.unsearched(column, method)
+        assert {*map(columns.name, recipe)} <= {*map(columns.name, given)}
+        if column == "digits":
+            assert given == recipe
+    with pytest.raises(UserError, match="has no recipe"):
+        columns.cell(column, "nonsense")
+
+
+def test_flag_files_without_a_search(tmp_path, monkeypatch, capfd):
+    """Those that are missing; what is there stays as it is."""
+    monkeypatch.setattr(commandline, "FLAGFILES", tmp_path)
+    own = tmp_path / "digits_fa.flags"
+    own.write_text("--method=fa\n")
+    arguments = ["search.py", "--column=digits", "--nosearch"]
+    assert search.run(arguments) == 0
+    assert len(capfd.readouterr().out.splitlines()) == len(METHODS) - 1
+    assert own.read_text() == "--method=fa\n"
+    written = tmp_path / "digits_dfa.flags"
+    assert written.read_text().startswith(
+        "# DFA, column digits.\n# Not searched"
+    )
+    config = config_of(f"--flagfile={written}")
+    assert (config.method, config.model, config.epochs) == ("dfa", "digits", 30)
+    assert search.run(arguments) == 0
+    assert capfd.readouterr().out == ""
 
 
 def test_first_seeds_come_first():

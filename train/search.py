@@ -9,6 +9,11 @@ one seed and --epochs epochs. The point of least validation error is chosen; the
 test images are not looked at. Prints a table of the validation errors and, with
 --write, writes the flag files of the cells. Like reproduce.py, it goes on where
 it was, in several processes if need be.
+
+    python train/search.py --column=digits --nosearch
+
+writes the flag files that a column lacks, such as those of a new method, with
+the column's own recipe.
 """
 
 import sys
@@ -46,11 +51,24 @@ flags.DEFINE_bool(
     "Whether to write the flag files of the cells.",
     flag_values=FLAGS,
 )
+flags.DEFINE_bool(
+    "search",
+    True,
+    "Whether to search. --nosearch writes the flag files that are missing, "
+    "with the recipe that all cells of the column share.",
+    flag_values=FLAGS,
+)
 
 
 def search(rest: list[str]) -> None:
     """Runs the grid for each method and says what is best."""
     methods = columns.chosen_methods(FLAGS.column, FLAGS.methods)
+    if not FLAGS.search:
+        for method in methods:
+            if not columns.file_of(FLAGS.column, method).exists():
+                recipe = columns.unsearched(FLAGS.column, method)
+                columns.write(FLAGS.column, method, ["Not searched."], recipe)
+        return
     grid = Grid(FLAGS.column, methods, FLAGS.point, Path(FLAGS.runs_dir), rest)
     missing = grid.search()
     print(grid.table())

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
 from absl import flags
 
 from experiment import commandline
+from experiment import files
 from experiment.errors import UserError
 from experiment.table.sweep import Failure
 from keras_fa.methods import METHODS
@@ -88,29 +90,48 @@ COLUMNS = {
         _IMAGENET,
         _SLOWER,
     ),
-    "digits": Column("digits", "digits", tuple(METHODS)),
+    "digits": Column("digits", "digits", tuple(METHODS), ("--epochs=30",)),
 }
 
 
-def cell(column: str, method: str) -> list[str]:
-    """The arguments of main.py for a cell of the table.
+def file_of(column: str, method: str) -> Path:
+    """The flag file of a cell of the table."""
+    return commandline.FLAGFILES / f"{column}_{method}.flags"
 
-    They are its flag file. On digits, a column that the paper lacks, there are
-    none, and the defaults of the data set are the recipe of every method.
+
+def cell(column: str, method: str) -> list[str]:
+    """The arguments of main.py for a cell of the table: its flag file.
 
     Raises:
-        UserError: If there is no flag file.
+        UserError: If there is none.
     """
-    if column == "digits":
-        return unsearched(column, method)
-    flagfile = commandline.FLAGFILES / f"{column}_{method}.flags"
-    if not flagfile.is_file():
+    file = file_of(column, method)
+    if not file.is_file():
         raise UserError(
             f"--methods: the cell {column} {method} has no recipe, for there "
-            f"is no {flagfile}. Search one: python train/search.py "
-            f"--column={column} --methods={method} --write."
+            f"is no {file}. Search one: python train/search.py "
+            f"--column={column} --methods={method} --write, or --nosearch "
+            "in the place of --write for the column's own."
         )
-    return [f"--flagfile={flagfile}"]
+    return [f"--flagfile={file}"]
+
+
+def write(
+    column: str, method: str, remarks: Sequence[str], arguments: Sequence[str]
+) -> None:
+    """Writes the flag file of a cell.
+
+    Args:
+        column: Of the table.
+        method: Its row.
+        remarks: Lines on where the recipe comes from.
+        arguments: Of main.py.
+    """
+    lines = [f"{METHODS[method].title}, column {column}.", *remarks]
+    text = "\n".join([*(f"# {line}" for line in lines), *arguments, ""])
+    file = file_of(column, method)
+    files.replace(file, lambda aside: aside.write_text(text, "utf-8"))
+    print(f"Wrote {file}.")
 
 
 def unsearched(column: str, method: str) -> list[str]:

@@ -4,14 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiment import commandline
-from experiment import files
 from experiment import markdown
 from experiment import settings
 from experiment.errors import UserError
 from experiment.table import columns
 from experiment.table import sweep
-from keras_fa.methods import METHODS
 
 # All runs are equally long.
 RECIPE = tuple(name for name in settings.RECIPE if name != "epochs")
@@ -130,22 +127,22 @@ class Grid:
         found = self.results[method, best]
         fixed = columns.unsearched(self.column, method)
         searched = {columns.name(flag) for flag in best.split()}
-        lines = [
-            f"# {METHODS[method].title}, column {self.column} of the paper's "
-            "table.",
-            f"# Searched: {best}, of least validation error "
-            f"({found['validation_error']:.2f} %,",
-            f"# {found['epochs']} epoch(s), seed {found['seed']}) among "
-            f"{' | '.join(self.points)}.",
-            *(
-                f"# Diverged: {point}"
-                for point in self.points
-                if self.results[method, point] is None
-            ),
-            *(flag for flag in fixed if columns.name(flag) not in searched),
-            *best.split(),
-        ]
-        file = commandline.FLAGFILES / f"{self.column}_{method}.flags"
-        text = "\n".join(lines) + "\n"
-        files.replace(file, lambda aside: aside.write_text(text, "utf-8"))
-        print(f"Wrote {file}.")
+        columns.write(
+            self.column,
+            method,
+            [
+                f"Searched: {best}, of least validation error "
+                f"({found['validation_error']:.2f} %,",
+                f"{found['epochs']} epoch(s), seed {found['seed']}) among "
+                f"{' | '.join(self.points)}.",
+                *(
+                    f"Diverged: {point}"
+                    for point in self.points
+                    if self.results[method, point] is None
+                ),
+            ],
+            [
+                *(flag for flag in fixed if columns.name(flag) not in searched),
+                *best.split(),
+            ],
+        )
