@@ -118,8 +118,8 @@ def flatten(model: keras.Model) -> tuple[keras.Model, Clones]:
         nested model.
 
     Raises:
-        ValueError: If a nested model is called with a mask that its input
-            does not carry.
+        ValueError: If a nested model is of a class with a `call` of its own,
+            or is called with a mask that its input does not carry.
     """
     clones, paths = {}, {}
     for path, operation in walk(model):
@@ -164,6 +164,14 @@ def flatten(model: keras.Model) -> tuple[keras.Model, Clones]:
         mask: object = None,
     ) -> object:
         """What a call of the model computes, layer by layer."""
+        sequential = isinstance(graph, keras.Sequential)
+        plain = keras.Sequential if sequential else type(functional(graph))
+        if type(graph).call is not plain.call:
+            raise ValueError(
+                f"Nested model '{graph.name}' ({type(graph).__name__}) has a "
+                "`call` of its own, which is lost where DFA and DenseFA take "
+                "it apart. Write what it does as layers of the model."
+            )
         piece = copy(graph, training)
         if isinstance(inputs, dict) and not isinstance(piece.input, dict):
             inputs = [inputs[x.name] for x in piece.inputs]
@@ -175,12 +183,11 @@ def flatten(model: keras.Model) -> tuple[keras.Model, Clones]:
                 "is lost where DFA and DenseFA take it apart. Let the mask "
                 "come from a Masking or Embedding layer."
             )
-        if isinstance(graph, keras.Sequential):
-            policy, how = (
-                graph.dtype_policy,
-                (graph.autocast, graph.input_dtype),
-            )
-            tensors = [policy.convert_input(x, *how) for x in tensors]
+        if sequential:  # it casts its inputs, a Functional one does not
+            cast = graph.dtype_policy.convert_input
+            tensors = [
+                cast(x, graph.autocast, graph.input_dtype) for x in tensors
+            ]
         tensors = [
             x if x.dtype == wanted.dtype else ops.cast(x, wanted.dtype)
             for x, wanted in zip(tensors, piece.inputs)

@@ -278,7 +278,7 @@ def named(
             return clones.get(operation, operation)
         if len(operation.outputs) != 1:
             return None
-        return last(_record(_cloning.functional(operation))[1].operation)
+        return last(_record(operation)[1].operation)
 
     return {
         "/".join(path): calls[last(operation)]

@@ -152,9 +152,9 @@ def convert(
             below the source or has no static shape, or if the model is
             compiled with `use_ema=True` and a method fixes signs or norms;
             under DFA and DenseFA also for several outputs, `layers`, nested
-            models that are called with a mask of their own, maps that the
-            machine's memory cannot hold (before they are made), and
-            convolutional maps for kernel layers that are channels_first.
+            models that have a `call` of their own or are called with a mask,
+            maps that the machine's memory cannot hold (before they are made),
+            and convolutional maps for kernel layers that are channels_first.
 
     Source: Moskovitz et al. (2018) for the methods; Launay, Poli, Boniface &
     Krzakala (2020) for DFA by blocks.
@@ -301,6 +301,8 @@ def load_stock_weights(model: keras.Model, filepath: str | os.PathLike) -> None:
     The model may be converted or written by hand. The file is loaded into its
     stock twin, `to_backprop(model)`, so that whatever Keras can load can be
     loaded here, and the weights are copied from there; then `refresh(model)`.
+    Where DFA or DenseFA took nested models apart, so does that twin, and a
+    file of the nested model is refused: load it there, and convert that.
     Stored feedback kernels and maps stay as they are. For a layer of a class
     derived from an FA class, the file holds the stock layer of the latter.
 
@@ -466,7 +468,8 @@ def _wire(
     ]
     what = f"fixed random {feedback_maps} maps for model '{model.name}'"
     _say_bytes(f"{method.title}: {len(pairs)} {what}", pairs, feedback_maps)
-    # DFA's e is that of the logits, DenseFA's that of the pre-activations.
+    # DFA's e is that of the logits or of a named layer's output, DenseFA's
+    # that of the pre-activations.
     fused = {
         source.operation: _wiring.activation_of(source.operation)
         for source in sends
@@ -476,8 +479,8 @@ def _wire(
         layer
         for layer, name in fused.items()
         if name != "linear"
-        and (not dfa or name in _wiring.TO_PROBABILITIES)
-        and (not dfa or graph.logits() in sends)
+        and not (dfa and name not in _wiring.TO_PROBABILITIES)
+        and not (dfa and graph.logits() not in sends)
     ]
     taken = {operation.name for operation in flat.operations}
 

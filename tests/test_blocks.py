@@ -61,6 +61,9 @@ class Shift(layers.Layer):
     def call(self, inputs: Any) -> Any:
         return inputs + self.zeros
 
+    def compute_output_shape(self, shape: tuple) -> tuple:
+        return shape
+
 
 def reference(
     stock: keras.Model,
@@ -269,14 +272,14 @@ def transformer() -> keras.Model:
 SKIP = ["a_attention", "b_attention"]
 
 
-@pytest.mark.parametrize("form", ["dense", "convolutional"])
 @pytest.mark.parametrize(
-    "taps",
+    ("taps", "form"),
     [
-        ["embed", "a_add2", "b_add2"],
-        ["a_add1", "a_add2", "b_add1", "b_add2"],
-        ["a_norm2", "b_attention"],  # residuals go around them
-        ["norm"],
+        (["embed", "a_add2", "b_add2"], "dense"),
+        (["embed", "a_add2", "b_add2"], "convolutional"),
+        (["a_add1", "a_add2", "b_add1", "b_add2"], "dense"),
+        (["a_norm2", "b_attention"], "dense"),  # residuals go around them
+        (["norm"], "dense"),
     ],
 )
 def test_blocks_of_a_transformer(taps: list[str], form: str) -> None:
@@ -957,3 +960,20 @@ def test_a_mask_of_a_nested_models_own_is_refused() -> None:
     match = f"'{inner.name}' is called with a `mask`.*Masking"
     with pytest.raises(ValueError, match=match):
         convert(stock, "dfa", skip="odd")
+
+
+class Doubled(keras.Model):
+    """A Functional model whose call does more."""
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        return 2.0 * super().call(inputs, training=training)
+
+
+def test_a_nested_model_with_a_call_of_its_own_is_refused() -> None:
+    start = keras.Input((4,))
+    inner = Doubled(start, layers.Dense(4)(start), name="inner")
+    start = keras.Input((4,))
+    stock = keras.Model(start, layers.Dense(3)(inner(start)))
+    match = r"'inner' \(Doubled\) has a `call` of its own"
+    with pytest.raises(ValueError, match=match):
+        convert(stock, "dfa")
