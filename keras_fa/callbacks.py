@@ -372,6 +372,19 @@ PAGE = {
         "norm_ratio": "Norm of B / norm of W",
     },
 }
+_OF_B = " It says nothing of a first layer, whose B carries no error to anyone."
+# What TensorBoard says of each scalar.
+DESCRIPTIONS = {
+    "angle": "Between B and W, in degrees: 0 is backpropagation, 90 is chance."
+    + _OF_B,
+    "gradient_angle": "Between the gradient that the kernel receives and that "
+    "of backpropagation, in degrees: below 90 it goes downhill. The readout's "
+    "is 0, for its update is exact.",
+    "sign_agreement": "Weights of B and W of equal sign, in percent: 50 is "
+    "chance." + _OF_B,
+    "norm_ratio": "Norm of B / norm of W. It is left out where the rule makes "
+    "it 1." + _OF_B,
+}
 
 
 class AlignmentMonitor(keras.callbacks.Callback):
@@ -379,10 +392,11 @@ class AlignmentMonitor(keras.callbacks.Callback):
 
     Every `every` epochs it calls what `keras_fa.alignment.alignment` computes,
     on one probe batch. With a `log_dir` it writes scalars
-    `alignment/<measure>/<layer>` and histograms of W and B, in a run of their
-    own named "alignment" below that folder. Where tensorboard is installed,
-    its page "Custom Scalars" then has a chart for each measure, which says how
-    it is read, with a line for each layer.
+    `alignment/<measure>/<layer>` and histograms of W and B into that folder.
+    The norm ratios of rules that make them 1 (SN, B = W) are left out there.
+    A step is the number of epochs that were trained: 1 after the first. Where
+    tensorboard is installed, its page "Custom Scalars" then has a chart for
+    each measure, which says how it is read, with a line for each layer.
 
     Args:
         probe: A pair `(x, y)` of arrays: the batch on which gradients are
@@ -477,14 +491,11 @@ class AlignmentMonitor(keras.callbacks.Callback):
         if self.log_dir is not None and self._writer is None:
             import tensorflow as tf
 
-            self._writer = tf.summary.create_file_writer(
-                f"{self.log_dir}/alignment"
-            )
+            self._writer = tf.summary.create_file_writer(str(self.log_dir))
             if find_spec("tensorboard") is not None:
+                shown = set(self.columns) - _settled(self.model)
                 with self._writer.as_default():
-                    tf.summary.experimental.write_raw_pb(
-                        _page(self.columns), step=0
-                    )
+                    tf.summary.experimental.write_raw_pb(_page(shown), step=0)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         if (epoch + 1) % self.every == 0:
@@ -497,10 +508,12 @@ class AlignmentMonitor(keras.callbacks.Callback):
     def _write(self, epoch: int, measures: dict[str, float]) -> None:
         import tensorflow as tf
 
-        with self._writer.as_default(step=epoch):
+        settled = _settled(self.model)
+        with self._writer.as_default(step=epoch + 1):
             for name, value in measures.items():
-                if not math.isnan(value):
-                    tf.summary.scalar(name, value)
+                if not math.isnan(value) and name not in settled:
+                    about = DESCRIPTIONS[name.split("/")[1]]
+                    tf.summary.scalar(name, value, description=about)
             for name, path in named_paths(self.model).items():
                 tf.summary.histogram(f"kernel/{name}", path.kernel.value)
                 if not path.tied:
@@ -521,7 +534,17 @@ def _flat(measures: dict[str, dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _page(columns: list[str]) -> bytes:
+def _settled(model: keras.layers.Layer) -> set[str]:
+    """The columns whose values are 1 by definition, and noise around it."""
+    return {
+        f"alignment/norm_ratio/{name}"
+        for name, path in named_paths(model).items()
+        if path.tied
+        or (isinstance(path.rule, SignConcordance) and path.rule.strict)
+    }
+
+
+def _page(columns: set[str]) -> bytes:
     """What TensorBoard's page of custom scalars reads: its charts.
 
     A chart names its lines by a pattern and not by layer, since TensorBoard

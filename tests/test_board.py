@@ -96,7 +96,7 @@ def hparams(folder: Path) -> dict[str, list[Any]]:
 
 def layout(folder: Path) -> list[tuple[str, list[tuple[str, str]]]]:
     """Parts of the page, each with the titles and patterns of its charts."""
-    ((_, text),) = points(folder / "alignment", "custom_scalars__config__")
+    ((_, text),) = points(folder, "custom_scalars__config__")
     return [
         (part.title, [(c.title, *c.multiline.tag) for c in part.chart])
         for part in layout_pb2.Layout.FromString(text.item()).category
@@ -109,7 +109,7 @@ def test_each_chart_shows_one_measure_of_all_layers(tmp_path: Path) -> None:
     assert [len(charts) for _, charts in page] == [2, 2]
     assert "0 is backpropagation, 90 is chance" in page[0][0]
     charts = [chart for _, part in page for chart in part]
-    tags = read(tmp_path / "alignment").Tags()["tensors"]
+    tags = read(tmp_path).Tags()["tensors"]
     shown = [
         {tag for tag in tags if re.match(pattern, tag)} for _, pattern in charts
     ]
@@ -124,6 +124,31 @@ def test_each_chart_shows_one_measure_of_all_layers(tmp_path: Path) -> None:
     ]
 
 
+def test_a_ratio_that_is_one_by_definition_is_left_out(tmp_path: Path) -> None:
+    for name, method in {"sn": "fa_usf_sn", "bp": "bp"}.items():
+        monitor = AlignmentMonitor((X, Y), tmp_path / name)
+        fit(model_of(method), monitor, epochs=1)
+        assert "alignment/norm_ratio/conv" in monitor.history[0]
+        tags = read(tmp_path / name).Tags()["tensors"]
+        assert "alignment/sign_agreement/conv" in tags
+        assert not [tag for tag in tags if "norm_ratio" in tag]
+        charts = [c for _, part in layout(tmp_path / name) for c in part]
+        assert not [tag for _, tag in charts if "norm_ratio" in tag]
+
+
+def test_scalars_say_what_says_nothing(tmp_path: Path) -> None:
+    fit(model_of("fa"), AlignmentMonitor((X, Y), tmp_path), epochs=1)
+    events = read(tmp_path)
+    said = {
+        measure: events.SummaryMetadata(
+            f"alignment/{measure}/conv"
+        ).summary_description
+        for measure in ("angle", "gradient_angle")
+    }
+    assert "first layer, whose B carries no error" in said["angle"]
+    assert "The readout's is 0" in said["gradient_angle"]
+
+
 def test_the_page_has_what_is_measured(tmp_path: Path) -> None:
     fit(model_of("dfa"), AlignmentMonitor((X, Y), tmp_path), epochs=1)
     ((_, ((_, pattern),)),) = layout(tmp_path)
@@ -136,18 +161,18 @@ def test_the_page_has_what_is_measured(tmp_path: Path) -> None:
 def test_errors_are_in_percent(tmp_path: Path) -> None:
     history = fit(model_of("fa"), board.Board(tmp_path, SETTINGS))
     for tag, name in [
-        ("error/train", "accuracy"),
-        ("error/validation", "val_accuracy"),
+        ("Error/train", "accuracy"),
+        ("Error/validation", "val_accuracy"),
     ]:
         steps, values = zip(*points(tmp_path, tag))
-        assert steps == (0, 1)
+        assert steps == (1, 2)
         wanted = [100 * (1 - accuracy) for accuracy in history[name]]
         np.testing.assert_allclose(values, wanted, rtol=1e-5)
         assert max(values) > 1  # no share
     tags = read(tmp_path).Tags()["tensors"]
-    assert not [t for t in tags if t.startswith(("error/test", "filters"))]
+    assert not [t for t in tags if t.startswith(("Error/test", "filters"))]
     board.finish(tmp_path, {"test_error": 12.5, "epochs": 2})
-    assert points(tmp_path, "error/test") == [(1, 12.5)]
+    assert points(tmp_path, "Error/test") == [(2, 12.5)]
 
 
 def test_no_test_error(tmp_path: Path) -> None:
@@ -170,7 +195,7 @@ def test_settings_are_there_once(tmp_path: Path) -> None:
         "_hparams_/session_start_info",
     }  # it goes on: no end
     board.finish(tmp_path, {"test_error": 10.0, "epochs": 4})
-    assert [step for step, _ in points(tmp_path, "error/train")] == [0, 1, 2, 3]
+    assert [step for step, _ in points(tmp_path, "Error/train")] == [1, 2, 3, 4]
     found = hparams(tmp_path)
     (start,) = found["_hparams_/session_start_info"]
     values = start.session_start_info.hparams
@@ -190,9 +215,9 @@ def test_settings_are_there_once(tmp_path: Path) -> None:
         for metric in page.experiment.metric_infos
     ]
     assert metrics == [
-        ("error/test", api_pb2.DATASET_UNKNOWN),
-        ("error/validation", api_pb2.DATASET_VALIDATION),
-        ("error/train", api_pb2.DATASET_TRAINING),
+        ("Error/test", api_pb2.DATASET_UNKNOWN),
+        ("Error/validation", api_pb2.DATASET_VALIDATION),
+        ("Error/train", api_pb2.DATASET_TRAINING),
     ]
     columns = sorted(  # as TensorBoard does
         page.experiment.hparam_infos, key=lambda c: (not c.differs, c.name)
@@ -212,7 +237,7 @@ def test_first_filters(method: str, names: list[str], tmp_path: Path) -> None:
     layer = model.get_layer("conv")
     for name in names:
         ((step, (width, height, png)),) = points(tmp_path, f"filters/{name}")
-        assert step == 1
+        assert step == 2
         image = matplotlib.image.imread(io.BytesIO(png))[..., :3]
         feedback = name == "feedback"
         kernel = layer.effective_feedback_kernel() if feedback else layer.kernel

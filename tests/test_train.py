@@ -224,25 +224,29 @@ def test_tensorboard(train, tmp_path):
     folder = tmp_path / "runs" / "digits-digits-fa_usf_sn-s0"
     rows = history(folder)
 
-    def curve(subrun, tag):
-        curves = events.EventAccumulator(str(folder / subrun)).Reload()
-        return [
-            (event.step, float(tf.make_ndarray(event.tensor_proto)))
-            for event in curves.Tensors(tag)
-        ]
-
-    for subrun, tag, column in [
-        ("train", "epoch_loss", "loss"),
-        ("validation", "epoch_accuracy", "val_accuracy"),
-        ("alignment", "alignment/angle/conv1", "alignment/angle/conv1"),
+    # One run in the list, whose epochs are counted as in the history.
+    assert {f.parent for f in folder.rglob("*tfevents*")} == {folder}
+    curves = events.EventAccumulator(str(folder)).Reload()
+    for tag, column in [
+        ("Loss/train", "loss"),
+        ("Loss/validation", "val_loss"),
+        ("Error/validation", "val_accuracy"),
+        ("Learning_rate", "learning_rate"),
+        ("alignment/angle/conv1", "alignment/angle/conv1"),
     ]:
-        points = curve(subrun, tag)
-        assert [step for step, _ in points] == [0, 1]
-        np.testing.assert_allclose(
-            [value for _, value in points],
-            [float(row[column]) for row in rows],
-            rtol=1e-6,
-        )
+        points = sorted(curves.Tensors(tag), key=lambda event: event.step)
+        assert [event.step for event in points] == [1, 2]
+        wanted = [float(row[column]) for row in rows]
+        if tag.startswith("Error"):
+            wanted = [100 * (1 - accuracy) for accuracy in wanted]
+        values = [float(tf.make_ndarray(e.tensor_proto)) for e in points]
+        np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-12)
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    tags = curves.Tags()["tensors"]
+    assert not [tag for tag in tags if "norm_ratio" in tag]  # 1 under SN
+    # As TensorBoard sorts them: learning curves first.
+    scalars = [t for t in tags if t.split("/")[0] in ("Error", "alignment")]
+    assert sorted(scalars)[0].startswith("Error/")
 
 
 def test_without_tensorboard(train, tmp_path, monkeypatch):

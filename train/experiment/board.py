@@ -1,13 +1,25 @@
-"""What TensorBoard shows of a run besides its learning curves.
+"""What TensorBoard shows of a run: all of it in the run's folder, as one run.
 
-    error/train, error/validation   percent, after each epoch
-    error/test                      percent, at the end, if it was looked at
+    Error/train, Error/validation   percent, after each epoch; also Top5_error
+    Error/test                      percent, at the end, if it was looked at
+    Loss/train, Loss/validation     after each epoch
+    Learning_rate                   at its end
+    alignment/..., kernel/..., feedback/...  of `AlignmentMonitor`
     filters/kernel                  the filters of the first layer, and
     filters/feedback                its feedback kernel, where there is one
 
+Keras's own callback would make two runs more, so that a chart has lines of
+training and validation. Here the methods are compared: a line is a run, and
+training and validation are charts side by side. Curves come before what is
+measured of each layer, since TensorBoard sorts capitals first. A step is the
+number of epochs that are trained, as in `history.csv` and on the console.
+
 The settings of the run and these errors are a row of the page "HParams". A
 file of their own holds the settings, so that a run that is continued has them
-once, as they are now. TensorFlow and tensorboard are imported here alone.
+once, as they are now. It is written by messages, since
+`tensorboard.plugins.hparams.api` says neither which columns come first nor,
+without its Keras callback, that a run is at its end. TensorFlow and tensorboard
+are imported here alone.
 """
 
 import math
@@ -21,6 +33,7 @@ from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams import summary
 
 from experiment import settings
+from experiment.model import ACCURACIES
 from experiment.settings import NAMING
 from experiment.settings import RECIPE
 from keras_fa.layers.feedback import feedback_layers
@@ -35,11 +48,10 @@ SETTINGS = {
 }
 # Tag: how the page calls it, and of which images it is.
 ERRORS = {
-    "error/test": ("test error, %", api_pb2.DATASET_UNKNOWN),
-    "error/validation": ("validation error, %", api_pb2.DATASET_VALIDATION),
-    "error/train": ("training error, %", api_pb2.DATASET_TRAINING),
+    "Error/test": ("test error, %", api_pb2.DATASET_UNKNOWN),
+    "Error/validation": ("validation error, %", api_pb2.DATASET_VALIDATION),
+    "Error/train": ("training error, %", api_pb2.DATASET_TRAINING),
 }
-ACCURACIES = {"error/train": "accuracy", "error/validation": "val_accuracy"}
 SUFFIX = ".hparams"
 GRID_PIXELS = 400
 BETWEEN = (0.6, 0.8, 1.0)  # between filters: light blue, which no grey one has
@@ -50,7 +62,7 @@ EXPLANATION = (
 
 
 class Board(keras.callbacks.Callback):
-    """Writes a run's settings, errors and first filters for TensorBoard.
+    """Writes a run's settings, curves and first filters for TensorBoard.
 
     Of several workers the chief alone has one.
 
@@ -82,11 +94,12 @@ class Board(keras.callbacks.Callback):
         self._writer = tf.summary.create_file_writer(str(self.folder))
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        with self._writer.as_default(step=epoch):
-            for tag, name in ACCURACIES.items():
-                accuracy = (logs or {}).get(name, math.nan)
-                if math.isfinite(accuracy):
-                    tf.summary.scalar(tag, 100 * (1 - accuracy))
+        with self._writer.as_default(step=epoch + 1):
+            for tag, value in curves(logs or {}).items():
+                if math.isfinite(value):
+                    tf.summary.scalar(tag, value)
+            rate = self.model.optimizer.learning_rate
+            tf.summary.scalar("Learning_rate", float(rate))
             if self.every and (epoch + 1) % self.every == 0:
                 for name, kernel in first_kernels(self.model).items():
                     tf.summary.image(
@@ -101,6 +114,19 @@ class Board(keras.callbacks.Callback):
             self._writer.close()
 
 
+def curves(logs: dict[str, float]) -> dict[str, float]:
+    """The logs of an epoch as tags and values, errors in percent."""
+    found = {}
+    for prefix, part in (("", "train"), ("val_", "validation")):
+        if prefix + "loss" in logs:
+            found[f"Loss/{part}"] = logs[prefix + "loss"]
+        for name, kind in ACCURACIES.items():
+            if prefix + name in logs:
+                error = 100 * (1 - logs[prefix + name])
+                found[f"{kind.capitalize()}/{part}"] = error
+    return found
+
+
 def finish(folder: Path, result: dict[str, Any]) -> None:
     """Writes that a run is finished, and its test error if there is one.
 
@@ -110,8 +136,8 @@ def finish(folder: Path, result: dict[str, Any]) -> None:
     """
     if result["test_error"] is not None:
         writer = tf.summary.create_file_writer(str(folder))
-        with writer.as_default(step=result["epochs"] - 1):
-            tf.summary.scalar("error/test", result["test_error"])
+        with writer.as_default(step=result["epochs"]):
+            tf.summary.scalar("Error/test", result["test_error"])
         writer.close()
     write_hparams(folder, summary.session_end_pb(api_pb2.STATUS_SUCCESS))
 

@@ -352,12 +352,9 @@ class Run:
         if curves:
             from experiment.board import Board
 
-            callbacks += [
-                keras.callbacks.TensorBoard(
-                    str(self.folder), write_graph=False
-                ),
-                Board(self.folder, self.recorded, config.alignment_every),
-            ]
+            callbacks.append(
+                Board(self.folder, self.recorded, config.alignment_every)
+            )
         else:
             print("No TensorBoard files: tensorflow or tensorboard is missing.")
         return callbacks, monitor
