@@ -119,6 +119,7 @@ def test_example_runs(
     run([EXAMPLES[name]], name, tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -208,11 +209,17 @@ def test_commands_have_flags_that_exist(name: str) -> None:
 
 
 def test_first_page_is_short_and_has_the_commands_of_ci() -> None:
-    readme = page("README.md")
-    assert len(readme.splitlines()) <= 180
-    for line in page(".ci/run").splitlines():
-        if line.startswith("python3 -m venv"):
-            assert line in readme.splitlines()
+    lines = page("README.md").splitlines()
+    assert len(lines) <= 180
+    (pattern,) = re.findall(r'grep "(\^python3 .*)"', page(".ci/run"))
+    pattern = pattern.replace(r"\$", "$")
+    for environment, end in (
+        (".venv", " && .venv/bin/python -m pytest -n 2"),
+        (".venv-jax", " && KERAS_BACKEND=jax .venv-jax/bin/pytest -n 2"),
+    ):
+        found = pattern.replace("$1", environment)
+        (line,) = [line for line in lines if re.search(found, line)]
+        assert line.endswith(end)
 
 
 @pytest.mark.parametrize("name", public())
