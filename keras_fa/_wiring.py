@@ -286,6 +286,68 @@ def named(
     }
 
 
+def hidden_layers(
+    model: keras.Model, is_kernel: Callable[[keras.Operation], bool]
+) -> set[keras.Operation]:
+    """The kernel layers from whose output another kernel layer is reached.
+
+    In models nested in each other, with several outputs, and with shared
+    layers: one that is hidden in one of its calls is hidden.
+
+    Args:
+        model: A built Functional or Sequential model.
+        is_kernel: Tells which operations are kernel layers.
+    """
+    reached, *_ = _reached(model, is_kernel)
+    return {each for each in reached if not isinstance(each, keras.KerasTensor)}
+
+
+def _reached(
+    model: keras.Model, is_kernel: Callable[[keras.Operation], bool]
+) -> tuple[set, list, list[set]]:
+    """What a model's kernel layers are reached from.
+
+    Returns:
+        The kernel layers and inputs below any kernel layer; the inputs; and,
+        for each output, the kernel layers and inputs below it.
+    """
+    below, reached = {}, set()
+
+    def of(tensors: object) -> list[set]:
+        flat = keras.tree.flatten(tensors)
+        found = [t for t in flat if isinstance(t, keras.KerasTensor)]
+        return [below.get(tensor, {tensor}) for tensor in found]
+
+    def call(
+        operation: keras.Operation, *args: object, **kwargs: object
+    ) -> object:
+        outputs = _Recorded(operation)(*args, **kwargs)
+        given = of((args, kwargs))
+        under = set().union(*given)
+        made = [under] * len(keras.tree.flatten(outputs))
+        if hasattr(operation, "operations"):  # a nested model
+            inner, inputs, ends = _reached(operation, is_kernel)
+            outer = dict(zip(inputs, given))
+
+            def seen(found: set) -> set:
+                return set().union(*(outer.get(one, {one}) for one in found))
+
+            reached.update(seen(inner))
+            made = list(map(seen, ends))
+        elif is_kernel(operation):
+            reached.update(under)
+            made = [under | {operation}] * len(made)
+        below.update(zip(keras.tree.flatten(outputs), made))
+        return outputs
+
+    recording = keras.models.clone_model(
+        keras.Model(model.inputs, model.outputs),
+        clone_function=lambda operation: operation,
+        call_function=call,
+    )
+    return reached, recording.inputs, of(recording.outputs)
+
+
 @functools.cache
 def _operations() -> dict[type, str]:
     """The operations that activation functions are recorded as, by class.

@@ -146,7 +146,8 @@ def convert(
         ValueError: If the model is neither Functional nor Sequential, is not
             built, has a layer with a kernel but without a counterpart that
             `skip` does not name, or one that Keras cannot make again, or if a
-            name is unknown, or if a method without direct errors is given
+            name is unknown, if no kernel would learn (under "frozen", where
+            all are hidden), or if a method without direct errors is given
             `feedback_maps`, or one other than DFA `taps` or `error_from`; if
             these name no layer that there is, one twice, or one that is not
             below the source or has no static shape, or if the model is
@@ -211,22 +212,39 @@ def convert(
         stock, stocks = _to_stock(model)
     others = _other_methods(stock, layers, method)
     _check_layers(stock, {skip} if isinstance(skip, str) else set(skip))
+    hidden = set()
+    if any(m.hidden_kernel_constraint for m in (method, *others.values())):
+        found = _wiring.hidden_layers(
+            stock, lambda layer: _kernel_of(layer) is not None
+        )
+        hidden = set(filter(_learns, found))
     if method.wiring == "chain":
 
         def make(layer: keras.Operation) -> keras.Operation:
             default = others.get(type(layer), method)
-            return _counterpart(layer, others.get(layer.name, default))
+            own = others.get(layer.name, default)
+            return _counterpart(layer, own, layer in hidden)
 
         converted, clones = _cloning.rebuild(stock, make)
     else:
         loss = model.loss if model.compiled else None
         converted, clones = _wire(
-            stock, method, feedback_maps, taps, error_from, loss
+            stock, method, feedback_maps, taps, error_from, loss, hidden
         )
     _name_peers(clones)
+    for layer in feedback_layers(converted):
+        layer.restart()  # of the weights that were copied
     _carry_feedback(stocks, clones, converted)
     _give_units_signs(converted)
     refresh(converted)
+    if _learns(stock) and not _learns(converted):
+        kernels = ", ".join(layer.name for layer in feedback_layers(converted))
+        raise ValueError(
+            f"No kernel of model '{model.name}' would learn under "
+            f"'{method.name}', which freezes hidden ones: from each of its "
+            f"kernel layers, {kernels}, another one or itself can be reached. "
+            "End the model in a trainable kernel layer that is called once."
+        )
     _compile_as(model, converted)
     return converted
 
@@ -303,8 +321,9 @@ def load_stock_weights(model: keras.Model, filepath: str | os.PathLike) -> None:
     loaded here, and the weights are copied from there; then `refresh(model)`.
     Where DFA or DenseFA took nested models apart, so does that twin, and a
     file of the nested model is refused: load it there, and convert that.
-    Stored feedback kernels and maps stay as they are. For a layer of a class
-    derived from an FA class, the file holds the stock layer of the latter.
+    Stored feedback kernels and maps stay as they are, but for those that follow
+    from W_0 ("constant", "kernel_sign"). For a layer of a class derived from an
+    FA class, the file holds the stock layer of the latter.
 
     Args:
         model: A built Functional or Sequential model.
@@ -332,6 +351,8 @@ def load_stock_weights(model: keras.Model, filepath: str | os.PathLike) -> None:
     twin.load_weights(filepath)
     for layer, stock in stocks.items():
         _cloning.copy_weights(stock, layer)
+    for layer in feedback_layers(model):
+        layer.restart()
     refresh(model)
 
 
@@ -372,6 +393,12 @@ def _to_stock(
         return layer(*args, **kwargs)
 
     plain, stocks = _cloning.rebuild(model, make, call)
+    for layer, stock in stocks.items():
+        paths = getattr(layer, "feedback_paths", ())
+        for name, path in zip(getattr(layer, "kernel_names", ()), paths):
+            parts = path.fixed.constraints
+            if any(isinstance(part, constraints.Frozen) for part in parts):
+                getattr(stock, name).trainable = True  # as it was before
     if left := feedback_layers(plain):
         raise ValueError(
             f"FA layer '{left[0].name}' ({type(left[0]).__name__}) is inside a "
@@ -387,18 +414,21 @@ def _arguments(stock: type) -> set[str]:
 
 
 def _counterpart(
-    layer: keras.Operation, method: methods.Method
+    layer: keras.Operation, method: methods.Method, hidden: bool = False
 ) -> keras.Operation:
     """The FA layer that a stock layer becomes; others as they are."""
     cls = _COUNTERPART.get(type(layer))
     if cls is None:
         return _cloning.again(layer)
     config = _cloning.config_of(layer)
+    added = [method.kernel_constraint]
+    if hidden and method.hidden_kernel_constraint is not None:
+        added.append(method.hidden_kernel_constraint)
     for name in cls.kernel_constraint_arguments:
-        config[name] = _composed(
-            constraints.get_kernel_constraint(config[name]),
-            method.kernel_constraint,
-        )
+        constraint = constraints.get_kernel_constraint(config[name])
+        for second in added:
+            constraint = _composed(constraint, second)
+        config[name] = constraint
     return cls(
         **config,
         feedback_initializer=method.feedback_initializer,
@@ -441,6 +471,7 @@ def _wire(
     taps: Iterable[str] | None,
     error_from: str | None,
     loss: object,
+    hidden: set[keras.Operation],
 ) -> tuple[keras.Model, _cloning.Clones]:
     """The model under DFA or DenseFA."""
     _check_wirable(model, feedback_maps)
@@ -449,6 +480,7 @@ def _wire(
         flat, flats = _cloning.flatten(model)
     elif isinstance(model, keras.Sequential):
         flat = _cloning.functional(model)
+    hidden = {flats.get(layer, layer) for layer in hidden}
     graph = _wiring.Graph(
         flat, lambda operation: type(operation) in _COUNTERPART
     )
@@ -493,7 +525,7 @@ def _wire(
     activations, order = {}, {node: i for i, node in enumerate(sends)}
 
     def make(layer: keras.Operation) -> keras.Operation:
-        clone = _counterpart(layer, method)
+        clone = _counterpart(layer, method, layer in hidden)
         if layer in split:
             activations[clone] = keras.layers.Activation(
                 clone.activation,
@@ -739,7 +771,8 @@ def _give_units_signs(model: keras.Model) -> None:
 def _same_law(old: object, new: object) -> bool:
     """Whether two initializers differ in nothing but the seed.
 
-    A feedback kernel drawn by no initializer in particular goes on, too.
+    A feedback kernel drawn by no initializer in particular goes on, too, but
+    for one that is not independent of the kernel.
     """
 
     def law(initializer: object) -> object:
@@ -747,7 +780,9 @@ def _same_law(old: object, new: object) -> bool:
             return {**initializer.get_config(), "seed": None}
         return initializer
 
-    return new is None or (type(old) is type(new) and law(old) == law(new))
+    if new is None:
+        return not isinstance(old, initializers.KernelSign)
+    return type(old) is type(new) and law(old) == law(new)
 
 
 def _own(method: methods.Method) -> methods.Method:
@@ -815,9 +850,7 @@ def _check_layers(model: keras.Model, skip: set[str]) -> None:
                 "counterpart. To leave backpropagation in it, give "
                 f"layers={{{name!r}: 'bp'}} and not skip."
             )
-        kernel = next(
-            (w for w in layer.weights if w.name.endswith("kernel")), None
-        )
+        kernel = _kernel_of(layer)
         if kernel is not None and not converted and name not in skip:
             raise ValueError(
                 f"Layer '{name}' ({type(layer).__name__}) has a kernel, "
@@ -825,6 +858,17 @@ def _check_layers(model: keras.Model, skip: set[str]) -> None:
                 f"skip=[{name!r}] to leave it as it is: errors pass through "
                 "it exactly."
             )
+
+
+def _kernel_of(layer: keras.Operation) -> keras.Variable | None:
+    """A kernel of a layer; `None` if it has none."""
+    weights = getattr(layer, "weights", ())
+    return next((w for w in weights if w.name.endswith("kernel")), None)
+
+
+def _learns(layer: keras.layers.Layer) -> bool:
+    """Whether any kernel of a layer or model is trained."""
+    return any(w.name.endswith("kernel") for w in layer.trainable_weights)
 
 
 def _check_wirable(model: keras.Model, feedback_maps: str) -> None:

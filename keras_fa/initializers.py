@@ -47,21 +47,50 @@ class KernelMagnitude(keras.initializers.Initializer):
 
     def __call__(self, shape: tuple, dtype: str | None = None) -> Tensor:
         raise ValueError(
-            "KernelMagnitude takes its value from a layer's own kernel. Give "
-            "it as the `feedback_initializer` of an FA layer. Received: a call "
-            f"with shape={shape}."
+            f"{type(self).__name__} takes its value from a layer's own "
+            "kernel. Give it as the `feedback_initializer` of an FA layer. "
+            f"Received: a call with shape={shape}."
         )
 
 
-_OURS = {"constant": KernelMagnitude, "kernel_magnitude": KernelMagnitude}
+@keras.saving.register_keras_serializable(package="keras_fa")
+class KernelSign(KernelMagnitude):
+    """The signs of W_0 and one magnitude, such that `||B_0|| = ||W_0||`.
+
+    It is `||W_0|| sign(W_0) / ||sign(W_0)||`. Stored and never updated, as
+    under FA, it is strictly normalized sign-concordant feedback whose signs do
+    not follow: what concordance at the start is worth by itself. W_0 are the
+    weights that the layer starts with, in `convert` those of the given model,
+    and where a stock weights file is loaded those of the file.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_fa import FADense
+
+    layer = FADense(8, feedback_initializer="kernel_sign")
+    layer.build((None, 16))
+    stored, kernel = np.array(layer.feedback_kernel), np.array(layer.kernel)
+    assert np.array_equal(np.sign(stored), np.sign(kernel))
+    assert np.isclose(np.linalg.norm(stored), np.linalg.norm(kernel))
+    ```
+    """
+
+
+_OURS = {
+    "constant": KernelMagnitude,
+    "kernel_magnitude": KernelMagnitude,
+    "kernel_sign": KernelSign,
+}
 
 
 def get(identifier: Identifier) -> Callable | None:
     """Resolves a `feedback_initializer`.
 
     Args:
-        identifier: `None` (as the kernel's), `"constant"`, or what
-            `keras.initializers.get` takes.
+        identifier: `None` (as the kernel's), `"constant"`, `"kernel_sign"`,
+            or what `keras.initializers.get` takes.
 
     Returns:
         An initializer, or `None`.
@@ -167,6 +196,27 @@ def reseeded(seeded: _Seeded, stream: int) -> _Seeded:
     words = np.random.SeedSequence(entropy).generate_state(1)
     config = {**seeded.get_config(), "seed": int(words[0] >> 1)}
     return type(seeded).from_config(config)
+
+
+def redrawn(initializer: Callable, seed: int | None) -> Callable:
+    """The same law, of which each call draws other values.
+
+    Args:
+        initializer: What has a `seed` and Keras's `get_config` and
+            `from_config`.
+        seed: Of the new draws, or `None` for a random one. They are others
+            than the initializer's own, also where this is its seed.
+
+    Returns:
+        An initializer whose `seed` is a `keras.random.SeedGenerator`.
+    """
+    generator = keras.random.SeedGenerator(seed)
+    law = type(initializer).from_config(
+        {**initializer.get_config(), "seed": generator}
+    )
+    if seed is None or seed != _first(initializer.seed):
+        return law
+    return redrawn(law, reseeded(law, _FEEDBACK_STREAM).seed)
 
 
 def _first(seed: int | keras.random.SeedGenerator | None) -> int | None:

@@ -1,12 +1,18 @@
-"""The rows of the paper's table and two controls of ours, as values.
+"""The rows of the paper's table, and what stands beside them, as values.
 
 `METHODS` maps the name of a row to a `Method`: how feedback starts, the rule
 that makes B of it, what constrains the forward kernel, which callbacks it
 brings, and how errors are wired. `keras_fa.convert` reads it.
 
-Two are not in the paper. "bp_ei", backpropagation under the fixed signs of the
+Five are not in the paper. "bp_ei", backpropagation under the fixed signs of the
 E/I rows, tells what the signs cost by themselves; "fa_usf_sn_ei", E/I with the
-magnitudes of SN, what the random magnitudes do.
+magnitudes of SN, what the random magnitudes do. "brsf" is sign concordance
+whose magnitudes are drawn anew at each step; "frsf", the one of fixed
+magnitudes, is another name of "fa_usf_init". "fixed_sign_feedback" tells what
+concordance at the start is worth if the signs do not follow. Under "frozen"
+hidden kernels do not learn: what is no better has learned nothing there that
+shows. Biases and normalization do learn, as they do under every method, and so
+does a kernel that is not hidden, the readout's.
 
 ```python
 from keras_fa.methods import METHODS
@@ -31,10 +37,13 @@ from keras_fa.callbacks import TargetLoss
 from keras_fa.constraints import Chain
 from keras_fa.constraints import ConstantNorm
 from keras_fa.constraints import FixedSign
+from keras_fa.constraints import Frozen
 from keras_fa.constraints import NoisyKernel
 from keras_fa.constraints import ProductFeedback
+from keras_fa.constraints import RandomMagnitude
 from keras_fa.constraints import SignConcordance
 from keras_fa.constraints import TiedKernel
+from keras_fa.initializers import KernelSign
 from keras_fa.learning import ActivationAlignment
 from keras_fa.learning import InformationAlignment
 from keras_fa.learning import KolenPollack
@@ -71,6 +80,9 @@ class Method:
         feedback_regularizer: As the argument of FA layers.
         feedback_learning: As the argument of FA layers.
         kernel_constraint: Added to the layer's own kernel constraint.
+        hidden_kernel_constraint: The same for hidden kernel layers alone: those
+            from whose output another kernel layer can be reached, however
+            models are nested in each other.
         wiring: `"chain"`: errors go down layer by layer. `"direct"`: DFA.
             `"dense"`: DenseFA.
         map_initializer: The law of the fixed random maps of DFA and DenseFA,
@@ -95,6 +107,7 @@ class Method:
     feedback_regularizer: Identifier = None
     feedback_learning: Identifier = None
     kernel_constraint: Identifier = None
+    hidden_kernel_constraint: Identifier = None
     wiring: str = "chain"
     map_initializer: Identifier = None
     map_learning: Identifier = None
@@ -228,6 +241,30 @@ METHODS: dict[str, Method] = {
             kernel_constraint=FixedSign(),
         ),
         Method(
+            name="brsf",
+            title="brSF",
+            definition="B = |n| sign(W), n drawn anew at each step from the "
+            "law of W_0",
+            standing="Liao, Leibo & Poggio (2016)",
+            feedback_constraint=RandomMagnitude(),
+        ),
+        Method(
+            name="fixed_sign_feedback",
+            title="FA, signs of W at the start",
+            definition="B = ||W_0|| sign(W_0) / ||sign(W_0)||, never updated",
+            standing="our control",
+            feedback_initializer=KernelSign(),
+        ),
+        Method(
+            name="frozen",
+            title="Frozen",
+            definition="B = W, and the kernels of hidden layers stay as they "
+            "are drawn: W = W_0",
+            standing="our control",
+            feedback_constraint=TiedKernel(),
+            hidden_kernel_constraint=Frozen(),
+        ),
+        Method(
             name="kolen_pollack",
             title="Kolen-Pollack",
             definition="B as FA's, trained: dB = dW, both decay",
@@ -300,12 +337,16 @@ METHODS: dict[str, Method] = {
     )
 }
 
+# Names that others have for the same.
+_ALIASES = {"frsf": "fa_usf_init"}
+
 
 def get(identifier: str | Method) -> Method:
     """Resolves a method.
 
     Args:
-        identifier: A name in `METHODS`, or a `Method` of one's own.
+        identifier: A name in `METHODS`, `"frsf"`, which is what Liao, Leibo &
+            Poggio (2016) call `"fa_usf_init"`, or a `Method` of one's own.
 
     Returns:
         A `Method`.
@@ -315,9 +356,11 @@ def get(identifier: str | Method) -> Method:
     """
     if isinstance(identifier, Method):
         return identifier
-    if not isinstance(identifier, str) or identifier not in METHODS:
+    known = isinstance(identifier, str)
+    name = _ALIASES.get(identifier, identifier) if known else None
+    if name not in METHODS:
         raise ValueError(
             f"Unknown method {identifier!r}. Allowed: {', '.join(METHODS)}, "
             "or a keras_fa.methods.Method."
         )
-    return METHODS[identifier]
+    return METHODS[name]

@@ -313,6 +313,17 @@ RULES = {
         {"feedback_constraint": constraints.NoisyKernel(60.0, seed=SEED)},
         lambda b, w, s, t: noisy(w, noise(w.shape, t), 60.0),
     ),
+    "random_magnitude": Rule(
+        {
+            "feedback_initializer": keras.initializers.RandomNormal(stddev=0.3),
+            "feedback_constraint": constraints.RandomMagnitude(seed=SEED),
+        },
+        lambda b, w, s, t: 0.3 * np.abs(noise(w.shape, t)) * np.sign(w),
+    ),
+    "kernel_sign": Rule(
+        {"feedback_initializer": "kernel_sign"},
+        lambda b, w, s, t: s * np.abs(b).max(),
+    ),
     "non_neg": Rule(
         {"feedback_constraint": "non_neg"}, lambda b, w, s, t: np.maximum(b, 0)
     ),

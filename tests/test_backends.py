@@ -39,6 +39,7 @@ CASES = {
     "dfa_convolutional": ("dfa", "convolutional"),
     "dense_fa_convolutional": ("dense_fa", "convolutional"),
 }
+DRAWING = ("bp_noise", "brsf")  # at every step
 MISSING = [name for name in BACKENDS if not importlib.util.find_spec(name)]
 needs_both = pytest.mark.skipif(
     bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"
@@ -162,7 +163,7 @@ def compare(folder: Path, name: str, drawn: Callable[[str], bool]) -> None:
 def test_models_of_one_backend_are_the_same_on_the_other(
     case: str, writer: str, folder: Path
 ) -> None:
-    noisy = case == "bp_noise"
+    noisy = case in DRAWING
     compare(
         folder,
         f"{writer}-{case}",
@@ -179,7 +180,7 @@ def test_a_step_is_the_same_on_both_backends(case: str, folder: Path) -> None:
     for weight in start.trainable_weights:
         assert not np.allclose(moved[weight.path], weight, rtol=1e-3)
     # Noise has no part in the readout's own update.
-    noisy = case == "bp_noise"
+    noisy = case in DRAWING
     compare(folder, name, drawn=lambda key: noisy and "readout" not in key)
 
 

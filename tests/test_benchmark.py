@@ -37,6 +37,8 @@ STORED = {
     "bp_alignment": 4 * WEIGHTS,
     "bp_ei": WEIGHTS,
     "fa_usf_sn_ei": WEIGHTS,
+    "fixed_sign_feedback": 4 * WEIGHTS,
+    "frozen": 0,
     "dfa": 4 * 10 * (8 * 8 * 32 + 8 * 8 * 64 + 128),
 }
 TINY = "--networks=digits --batch_size=4 --rounds=3 --steps=2".split()
@@ -336,7 +338,7 @@ def test_the_peer_trains(mode: str) -> None:
 
 def test_all_methods_have_known_bytes() -> None:
     # The generator's state and DenseFA's maps are others' to test.
-    assert set(METHODS) - set(STORED) == {"bp_noise", "dense_fa"}
+    assert set(METHODS) - set(STORED) == {"bp_noise", "brsf", "dense_fa"}
 
 
 @pytest.mark.slow

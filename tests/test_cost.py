@@ -15,7 +15,9 @@ from keras_fa.methods import METHODS
 
 CONVOLUTIONS, DENSE = 2, 3
 KERNELS = CONVOLUTIONS + DENSE
-CHAINED = [name for name in METHODS if name not in ("dfa", "dense_fa")]
+CHAINED = [
+    name for name in METHODS if name not in ("dfa", "dense_fa", "frozen")
+]
 
 
 def network() -> keras.Model:
@@ -130,6 +132,12 @@ def test_stock_model_needs_what_backpropagation_needs():
 @pytest.mark.parametrize("method", CHAINED)
 def test_chained_feedback_needs_no_more_than_backpropagation(method):
     assert counted(convert(network(), method), method) == BACKPROPAGATION
+
+
+def test_frozen_kernels_have_no_gradients():
+    hidden = Counter(conv=CONVOLUTIONS, matmul=DENSE - 1)
+    frozen = counted(convert(network(), "frozen"), "frozen")
+    assert frozen == BACKPROPAGATION - hidden
 
 
 @pytest.mark.parametrize("form", ["dense", "convolutional"])

@@ -69,9 +69,9 @@ def feedback(
 
 
 def rewind(layer: Any) -> None:
-    """Takes the noise of a layer back to its first step."""
+    """Takes what a layer draws back to its first step."""
     for path in layer.feedback_paths:
-        if isinstance(path.rule, NoisyKernel):
+        if hasattr(path.rule, "seed_generator"):
             path.rule.seed_generator.state.assign([references.SEED, 0])
 
 

@@ -29,6 +29,9 @@ ROWS = {
     "fa_usf_const_ei": "FA-uSF Const. E/I",
     "bp_ei": "BP E/I",
     "fa_usf_sn_ei": "FA-uSF SN E/I",
+    "brsf": "brSF",
+    "fixed_sign_feedback": "FA, signs of W at the start",
+    "frozen": "Frozen",
 }
 OURS = {
     "bp_noise",
@@ -90,8 +93,8 @@ def test_what_the_definition_says_holds_after_training(method: str) -> None:
     feedback = np.array(layer.effective_feedback_kernel())
     signs = np.sign(kernel)
     norm = np.linalg.norm
-    assert not np.array_equal(kernel, start)
-    if method in ("bp", "bp_const", "bp_alignment", "dfa"):
+    assert np.array_equal(kernel, start) == (method == "frozen")
+    if method in ("bp", "bp_const", "bp_alignment", "dfa", "frozen"):
         assert np.array_equal(feedback, kernel)
     if method == "bp_ei":  # its zeros have signs
         np.testing.assert_allclose(feedback, kernel, rtol=0, atol=2e-38)
@@ -104,6 +107,15 @@ def test_what_the_definition_says_holds_after_training(method: str) -> None:
     if "usf" in method or method == "dense_fa":
         alive = kernel != 0
         assert np.array_equal(np.sign(feedback)[alive], signs[alive])
+    if method == "brsf":
+        assert np.array_equal(np.sign(feedback), signs)
+        assert np.abs(feedback).std() > 0
+    if method == "fixed_sign_feedback":
+        assert np.array_equal(feedback, layer.feedback_kernel)
+        uniform = norm(start) / np.sqrt(start.size)
+        np.testing.assert_allclose(
+            feedback, uniform * np.sign(start), rtol=1e-5
+        )
     if method in ("fa_usf_sn", "dense_fa"):
         uniform = norm(kernel) / np.sqrt(kernel.size)
         np.testing.assert_allclose(np.abs(feedback), uniform, rtol=1e-5)
@@ -116,7 +128,7 @@ def test_what_the_definition_says_holds_after_training(method: str) -> None:
         assert (kernel * start >= 0).all()
         assert (kernel == 0).any()  # some stopped there,
         assert np.array_equal(np.sign(feedback), np.sign(start))  # and keep it
-    else:
+    elif method != "frozen":
         assert (kernel * start < 0).any()
     if method == "bp_noise":
         cosine = np.vdot(kernel, feedback) / norm(kernel) / norm(feedback)
@@ -146,3 +158,5 @@ def test_unknown_names(name: object) -> None:
 def test_get() -> None:
     assert methods.get("fa") is METHODS["fa"]
     assert methods.get(METHODS["dfa"]) is METHODS["dfa"]
+    assert methods.get("frsf") is METHODS["fa_usf_init"]
+    assert "frsf" not in METHODS

@@ -51,7 +51,13 @@ def test_every_kernel_has_a_row(method: str) -> None:
         assert row[0].endswith(f"/{name}")
     plain = sum(math.prod(v.shape) for v in stock().trainable_variables)
     stored = 4 * (plain - 4 - 5 - 3)  # all but biases, of four bytes
-    keeps = method in ("fa", "fa_usf_init", "fa_usf_init_ei", "bp_alignment")
+    keeps = method in (
+        "fa",
+        "fa_usf_init",
+        "fa_usf_init_ei",
+        "bp_alignment",
+        "fixed_sign_feedback",
+    )
     assert total == f"Feedback: {keeps * stored:,} bytes."
     assert all((row[3] != "-") == keeps for row in cells)
     signs = {"FixedSign" in row[2] for row in cells}

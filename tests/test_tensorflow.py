@@ -218,7 +218,7 @@ def test_loops_and_branches(where: Callable, rule: str) -> None:
     error = 2 * references.array(layer(x))
     wanted = references.reference(kind, layer, b, x, 3 * error)
     got = [references.array(g) for g in step(x)]
-    if not rule.startswith("noisy"):  # other noise each time
+    if not rule.startswith(("noisy", "random")):  # others each time
         references.assert_close(got[0], wanted.dx)
     references.assert_close(got[1], wanted.kernels[0])
     references.assert_close(got[2], wanted.bias)

@@ -8,7 +8,8 @@ older than W.
 A *kernel constraint* is Keras's own: the optimizer calls it with the forward
 kernel after every update. `FixedSign` and `ConstantNorm` remember something of
 the kernel they were built for (its signs, its norm). An FA layer makes a copy
-of its own, builds it, and saves what it remembers with the weights.
+of its own, builds it, and saves what it remembers with the weights. `Frozen`
+keeps the kernel as it is.
 
 A rule of one's own is a class:
 
@@ -42,12 +43,14 @@ from keras_fa._types import Identifier
 from keras_fa.constraints.feedback import FeedbackConstraint
 from keras_fa.constraints.feedback import NoisyKernel
 from keras_fa.constraints.feedback import ProductFeedback
+from keras_fa.constraints.feedback import RandomMagnitude
 from keras_fa.constraints.feedback import SignConcordance
 from keras_fa.constraints.feedback import Stored
 from keras_fa.constraints.feedback import TiedKernel
 from keras_fa.constraints.kernel import Chain
 from keras_fa.constraints.kernel import ConstantNorm
 from keras_fa.constraints.kernel import FixedSign
+from keras_fa.constraints.kernel import Frozen
 from keras_fa.constraints.kernel import KernelConstraint
 from keras_fa.constraints.kernel import kernel_norm
 from keras_fa.constraints.kernel import parts_of
@@ -59,9 +62,11 @@ __all__ = [
     "ConstantNorm",
     "FeedbackConstraint",
     "FixedSign",
+    "Frozen",
     "KernelConstraint",
     "NoisyKernel",
     "ProductFeedback",
+    "RandomMagnitude",
     "SignConcordance",
     "Stored",
     "TiedKernel",
@@ -77,10 +82,12 @@ _RULES = {
     "tied_kernel": TiedKernel,
     "noisy_kernel": NoisyKernel,
     "product_feedback": ProductFeedback,
+    "random_magnitude": RandomMagnitude,
 }
 _KERNEL_CONSTRAINTS = {
     "fixed_sign": FixedSign,
     "constant_norm": ConstantNorm,
+    "frozen": Frozen,
 }
 
 
@@ -125,8 +132,8 @@ def get_kernel_constraint(
 
     Args:
         identifier: What `keras.constraints.get` takes, one of this module's
-            names (`"fixed_sign"`, `"constant_norm"`), or a list of these,
-            which makes a `Chain`.
+            names (`"fixed_sign"`, `"constant_norm"`, `"frozen"`), or a list of
+            these, which makes a `Chain`.
 
     Returns:
         A constraint, or `None`.

@@ -9,6 +9,7 @@ from keras import ops
 from keras_fa._types import AddWeight
 from keras_fa._types import Tensor
 from keras_fa.constraints.kernel import kernel_norm
+from keras_fa.initializers import redrawn
 from keras_fa.initializers import reseeded
 
 
@@ -26,9 +27,16 @@ class FeedbackConstraint(keras.constraints.Constraint):
     Attributes:
         stores_feedback_kernel: Whether the layer keeps a feedback kernel for
             this rule. If `False`, the rule is called with `None` for it.
+        sign_concordant: Whether each weight of B has the sign of W. Default
+            `False`. `keras_fa.alignment.diagnose` holds a rule to it.
+        initializer: What feedback kernels of the layer are drawn from, its
+            `feedback_initializer` or else what the kernel was drawn from. An
+            FA layer sets it before it calls `build`.
     """
 
     stores_feedback_kernel = True
+    sign_concordant = False
+    initializer: Callable | None = None
 
     def __call__(self, feedback_kernel: Tensor, kernel: Tensor) -> Tensor:
         raise NotImplementedError(
@@ -79,6 +87,8 @@ class SignConcordance(FeedbackConstraint):
     ```
     """
 
+    sign_concordant = True
+
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
 
@@ -98,6 +108,67 @@ class SignConcordance(FeedbackConstraint):
 
     def get_config(self) -> dict:
         return {"strict": self.strict}
+
+
+@keras.saving.register_keras_serializable(package="keras_fa")
+class RandomMagnitude(FeedbackConstraint):
+    """Sign-concordant feedback of random magnitudes: `B_t = |n_t| sign(W_t)`.
+
+    `n_t` is drawn anew at every step from the initial distribution of the
+    kernel, or from the layer's `feedback_initializer` if it has one. Nothing is
+    stored but the state of the random generator. This is brSF, batchwise
+    random magnitudes; with magnitudes that are drawn once it is
+    `SignConcordance`, frSF. A weight that is exactly zero carries no error,
+    except under `FixedSign`, whose sign it then takes.
+
+    Args:
+        seed: Integer or `None`, the seed of the magnitudes. Where one instance
+            is given to several layers, each has a seed of its own made of it.
+
+    Raises:
+        ValueError: On building, if what it is to draw from has no `seed`: a
+            constant, an array, a function.
+
+    Source: Liao, Leibo & Poggio (2016).
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_fa import FADense
+    from keras_fa.constraints import RandomMagnitude
+
+    layer = FADense(10, feedback_constraint=RandomMagnitude())
+    layer.build((None, 4))
+    feedback = layer.effective_feedback_kernel()  # that of the next step
+    assert np.array_equal(np.sign(feedback), np.sign(layer.kernel))
+    ```
+    """
+
+    stores_feedback_kernel = False
+    sign_concordant = True
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = seed
+
+    def build(self, kernel: keras.Variable, add_weight: AddWeight) -> None:
+        if getattr(self.initializer, "seed", None) is None:
+            raise ValueError(
+                f"The magnitudes of the feedback of '{kernel.path}' are drawn "
+                "anew at every step, and what they are to be drawn from has no "
+                "seed: it is no distribution. Give the layer a random "
+                "`feedback_initializer`, for example 'he_normal'. Received: "
+                f"{self.initializer}"
+            )
+        self._law = redrawn(self.initializer, self.seed)
+        self.seed_generator = self._law.seed
+
+    def __call__(self, feedback_kernel: Tensor, kernel: Tensor) -> Tensor:
+        drawn = self._law(kernel.shape, dtype=kernel.dtype)
+        return ops.abs(drawn) * ops.sign(kernel)
+
+    def get_config(self) -> dict:
+        return {"seed": self.seed}
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")

@@ -7,6 +7,7 @@ after every update.
 import copy
 import warnings
 from collections.abc import Sequence
+from typing import ClassVar
 
 import keras
 import numpy as np
@@ -295,6 +296,48 @@ class ConstantNorm(KernelConstraint):
         kernel = ops.convert_to_tensor(kernel)
         norm = ops.cast(self._recalled(kernel), kernel.dtype)
         return kernel * ops.divide_no_nan(norm, kernel_norm(kernel))
+
+
+@keras.saving.register_keras_serializable(package="keras_fa")
+class Frozen(KernelConstraint):
+    """The forward kernel stays as it is: `W_t = W_0`, to the last bit.
+
+    The kernel is no trainable weight, whatever its layer's `trainable` says;
+    that flag stays as it is. Biases and other weights go on learning. As a
+    part of the layer's config it holds for clones and saved models, too.
+    Setting `trainable = True` on the layer or on a model around it sets that
+    of all weights in it, as ever in Keras: `keras_fa.refresh(model)` freezes
+    the kernel again.
+
+    Example:
+
+    ```python
+    from keras_fa import FADense
+
+    layer = FADense(10, kernel_constraint="frozen")
+    layer.build((None, 4))
+    assert [w.name for w in layer.trainable_weights] == ["bias"]
+    ```
+    """
+
+    state: ClassVar[dict[str, keras.Variable]] = {}
+
+    def build(
+        self,
+        kernel: keras.Variable,
+        units: np.ndarray | None = None,
+        add_weight: AddWeight = keras.Variable,
+    ) -> None:
+        kernel.trainable = False
+
+    def refresh(self, kernel: keras.Variable) -> None:
+        kernel.trainable = False
+
+    def holds(self, kernel: Tensor) -> bool:
+        return True
+
+    def __call__(self, kernel: Tensor) -> Tensor:
+        return kernel
 
 
 @keras.saving.register_keras_serializable(package="keras_fa")

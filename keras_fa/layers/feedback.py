@@ -81,6 +81,8 @@ class FeedbackPath:
         learns = self.learning is not None and self.learning.in_step
         self.fixed = constraints.Chain(constraints.parts_of(kernel.constraint))
         self.mixes = name not in layer.depthwise_kernels
+        law = layer.feedback_initializer
+        self.rule.initializer = layer._drawn_from[name] if law is None else law
         self.feedback_kernel = None
         self.attributes = {}
         pairwise = isinstance(
@@ -173,9 +175,10 @@ class FeedbackPath:
             )
 
         def draw(shape: tuple, dtype: str | None = None) -> Tensor:
-            ones = ops.ones(shape, dtype)
-            norms = map(constraints.kernel_norm, (kernel, rule(ones, kernel)))
-            return ops.divide_no_nan(*norms) * ones
+            signed = isinstance(given, initializers.KernelSign)
+            unit = ops.sign(kernel) if signed else ops.ones(shape, dtype)
+            norms = map(constraints.kernel_norm, (kernel, rule(unit, kernel)))
+            return ops.divide_no_nan(*norms) * unit
 
         return draw
 
@@ -263,8 +266,9 @@ class FeedbackLayer:
         feedback_initializer: How the stored feedback kernel starts. `None`
             (default): drawn from the kernel's law, independently of the
             kernel. `"constant"`: one magnitude that gives B_0 the norm of W_0.
-            Else a Keras initializer. An instance that several layers are
-            given draws other values for each.
+            `"kernel_sign"`: the same with the signs of W_0. Else a Keras
+            initializer. An instance that several layers are given draws other
+            values for each.
         feedback_regularizer: `None` (default) or a `FeedbackRegularizer` such
             as `"alignment"`, a penalty on the pair of feedback and forward
             kernel. A stock regularizer is that of a stored kernel that learns,
@@ -274,8 +278,9 @@ class FeedbackLayer:
             `"kolen_pollack"`. `None` (default): it stays as it was drawn.
         feedback_constraint: The rule that gives B. `None` (default) is the
             stored kernel itself: FA. Else a `FeedbackConstraint`, its name
-            (`"sign_concordance"`, `"tied_kernel"`, `"noisy_kernel"`), or a
-            stock constraint, which is applied to the stored kernel.
+            (`"sign_concordance"`, `"random_magnitude"`, `"tied_kernel"`,
+            `"noisy_kernel"`), or a stock constraint, which is applied to the
+            stored kernel.
         **kwargs: As for the stock layer. Kernel constraints may be names of
             `keras_fa.constraints` or a list of constraints.
 
@@ -554,6 +559,19 @@ class FeedbackLayer:
         for path in self.feedback_paths:
             path.fixed.refresh(path.kernel)
 
+    def restart(self) -> None:
+        """Takes a B_0 that follows from W_0 anew, where W_0 was replaced."""
+        if not isinstance(
+            self.feedback_initializer, initializers.KernelMagnitude
+        ):
+            return
+        for name, path in zip(self.kernel_names, self.feedback_paths):
+            stored = path.feedback_kernel
+            if stored is not None:
+                stored.assign(
+                    path._draw(self, name)(stored.shape, stored.dtype)
+                )
+
     def save_own_variables(self, store: Store) -> None:
         """Saves what the stock layer does, and what the feedback adds."""
         for name, variable in (self._stock_state() | self._state()).items():
@@ -589,6 +607,8 @@ class FeedbackLayer:
         for name, variable in stock.items():
             variable.assign(store[name])
         self.refresh()  # a stock file lacks what follows from the kernel
+        if of_stock:
+            self.restart()
         for name in given - stock.keys():
             _gradients.backend.remember(ours[name], store[name])
 

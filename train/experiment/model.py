@@ -87,7 +87,7 @@ def draws(method: Method) -> bool:
     return (
         method.wiring != "chain"
         or (fixed and not method.feedback_constraint.strict)
-        or method.feedback_constraint is None
+        or (method.feedback_constraint is method.feedback_initializer is None)
     )
 
 

@@ -19,6 +19,14 @@ CHAIN_ROWS = tuple(
 )
 ROWS = (*CHAIN_ROWS, "dfa", "dense_fa")
 
+_CONTROLS = (
+    "bp_ei",
+    "fa_usf_sn_ei",
+    "brsf",
+    "fixed_sign_feedback",
+    "frozen",
+)
+
 SETTLED = ("dataset", "model", "method", "flagfile")
 
 
@@ -66,17 +74,18 @@ _SMALL_MAPS = {"dense_fa": ("--feedback_maps=convolutional",)}
 COLUMNS = {
     "mnist": Column("mnist", "mnist", ROWS, ("--epochs=6", "--dropout=0.5")),
     # Where fixed signs cost much, BP E/I says what they cost by themselves,
-    # and SN E/I whether the magnitudes are to blame.
+    # and SN E/I whether the magnitudes are to blame. Frozen says what the
+    # readout achieves alone.
     "cifar10_1": Column(
         "cifar10",
         "cifar10_1",
-        (*ROWS, "bp_ei", "fa_usf_sn_ei"),
+        (*ROWS, *_CONTROLS),
         ("--epochs=15", "--normalization=batch"),
     ),
     "cifar10_2": Column(
         "cifar10",
         "cifar10_2",
-        (*ROWS, "bp_ei", "fa_usf_sn_ei"),
+        (*ROWS, *_CONTROLS),
         ("--epochs=120", "--normalization=batch"),
         _SMALL_MAPS,
     ),

@@ -11,8 +11,8 @@ stand there here. DFA and DenseFA were not run on larger networks, for memory.
 
 - BioTorch's benchmark: CIFAR-10 by 250 epochs of SGD with batches of 128, one
   seed. Its frSF, `B = |B_0| sign(W)`, is FA-uSF Init. Left out are its uSF,
-  of one fixed magnitude, and its brSF, whose magnitudes are drawn anew, which
-  are other rules than ours; and its LeNet, which is not CIFAR-10 1.
+  of one fixed magnitude, which is another rule than ours; its LeNet, which is
+  not CIFAR-10 1; and, for now, the figures of its brSF.
 - A reproduction of the paper's CIFAR-10 1: 50 epochs of Adam, one seed.
 """
 
