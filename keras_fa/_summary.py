@@ -19,10 +19,10 @@ def summary(
 ) -> None:
     """Prints how errors go down through a model.
 
-    A row is a kernel of an FA layer, with its rule and the constraints of its
-    forward kernel, or a fixed random map of DFA or DenseFA. `stored` is the
-    shape of the feedback kernel or map that is kept as a weight, if there is
-    one.
+    A row is a kernel of an FA layer, with its rule, the constraints of its
+    forward kernel and what its feedback learns from, or a map of DFA or
+    DenseFA. `stored` are the shapes of what is kept as weights: the feedback
+    kernel, what a rule has of its own, the map.
 
     Args:
         model: A built model or layer.
@@ -44,13 +44,12 @@ def summary(
     rows, total = [], 0
     for layer in all_layers(model):
         for label, how, stored in _feedback_of(layer):
-            size = 0
-            if stored is not None:
-                item = np.dtype(stored.dtype).itemsize
-                size = math.prod(stored.shape) * item
+            size = sum(
+                math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in stored
+            )
             total += size
-            shape = "-" if stored is None else str(tuple(stored.shape))
-            rows.append((label, type(layer).__name__, how, shape, f"{size:,}"))
+            shapes = " ".join(str(tuple(v.shape)) for v in stored) or "-"
+            rows.append((label, type(layer).__name__, how, shapes, f"{size:,}"))
     widths = [max(map(len, cells)) for cells in zip(_HEADS, *rows)]
     for row in (_HEADS, *rows):
         cells = (cell.ljust(width) for cell, width in zip(row, widths))
@@ -60,11 +59,16 @@ def summary(
 
 def _feedback_of(
     layer: keras.layers.Layer,
-) -> list[tuple[str, str, keras.Variable | None]]:
-    """Label, rule in words and stored weight of each way down of a layer."""
+) -> list[tuple[str, str, list[keras.Variable]]]:
+    """Label, rule in words and stored weights of each way down of a layer."""
     if isinstance(layer, SendError) and layer.built:
+        sent = "" if layer.signal == "error" else f", {layer.signal}"
         return [
-            (layer.path, f"{layer.feedback_maps} map to {name}", stored)
+            (
+                layer.path,
+                f"{layer.feedback_maps} map to {name}{sent}{_learned(layer)}",
+                [stored],
+            )
             for name, stored in layer.stored_feedback().items()
         ]
     if not isinstance(layer, FeedbackLayer) or not layer.built:
@@ -75,11 +79,17 @@ def _feedback_of(
             f"{layer.path}/{path.kernel.name}" if several else layer.path,
             ", ".join(
                 [_in_words(path.rule), *map(_name, path.fixed.constraints)]
-            ),
-            path.feedback_kernel,
+            )
+            + _learned(layer),
+            path.stored,
         )
         for path in layer.feedback_paths
     ]
+
+
+def _learned(layer: FeedbackLayer | SendError) -> str:
+    rule = layer.feedback_learning
+    return "" if rule is None else f", {_name(rule)}"
 
 
 def _in_words(rule: constraints.FeedbackConstraint) -> str:

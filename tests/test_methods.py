@@ -10,8 +10,10 @@ from keras import layers
 
 from keras_fa import convert
 from keras_fa import methods
+from keras_fa.callbacks import MirrorPhase
 from keras_fa.callbacks import RefuseAverages
 from keras_fa.callbacks import StrictNormalization
+from keras_fa.callbacks import TargetLoss
 from keras_fa.methods import METHODS
 
 ROWS = {
@@ -32,6 +34,14 @@ ROWS = {
     "brsf": "brSF",
     "fixed_sign_feedback": "FA, signs of W at the start",
     "frozen": "Frozen",
+    "kolen_pollack": "Kolen-Pollack",
+    "weight_mirror": "Weight mirror",
+    "symmetric_alignment": "Symmetric alignment",
+    "activation_alignment": "Activation alignment",
+    "information_alignment": "Information alignment",
+    "pfa": "PFA",
+    "direct_kolen_pollack": "Direct Kolen-Pollack",
+    "drtp": "DRTP",
 }
 OURS = {
     "bp_noise",
@@ -54,10 +64,14 @@ def trained(method: str, steps: int = 12) -> tuple[np.ndarray, layers.Layer]:
     )
     model = convert(stock, method)
     start = np.array(model.get_layer("hidden").kernel)
-    model.compile(keras.optimizers.Adam(0.05), "mse", run_eagerly=True)
+    targets, loss = X[:, :4] ** 2, "mse"
+    if METHODS[method].direct_signal == "target":
+        targets = np.eye(4)[X[:, :4].argmax(1)]
+        loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.05), loss, run_eagerly=True)
     model.fit(
         X,
-        X[:, :4] ** 2,
+        targets,
         epochs=steps,
         verbose=0,
         callbacks=METHODS[method].callbacks(),
@@ -81,6 +95,8 @@ def test_callbacks_are_fresh(method: str) -> None:
     assert [type(c) for c in first] == [
         *[StrictNormalization] * strict,
         *[RefuseAverages] * fixed,
+        *[MirrorPhase] * (method == "weight_mirror"),
+        *[TargetLoss] * (method == "drtp"),
     ]
     assert first is not second
     assert all(a is not b for a, b in zip(first, second))

@@ -51,7 +51,12 @@ def test_every_kernel_has_a_row(method: str) -> None:
         assert row[0].endswith(f"/{name}")
     plain = sum(math.prod(v.shape) for v in stock().trainable_variables)
     stored = 4 * (plain - 4 - 5 - 3)  # all but biases, of four bytes
-    keeps = method in (
+    if method == "pfa":  # R and M, ten times as wide as the last axis
+        kernels = [
+            v.shape for v in stock().trainable_variables if len(v.shape) > 1
+        ]
+        stored = 4 * sum(10 * (math.prod(k) + k[-1] ** 2) for k in kernels)
+    keeps = METHODS[method].feedback_learning is not None or method in (
         "fa",
         "fa_usf_init",
         "fa_usf_init_ei",

@@ -62,6 +62,7 @@ class FeedbackPath:
     Attributes:
         kernel: The forward kernel.
         feedback_kernel: The stored weight; `None` where nothing is stored.
+        stored: That one, if there is one, and the weights that the rule added.
         rule: The rule.
         learning: What moves the stored weight; `None` where nothing does.
         fixed: What the kernel's constraint remembers of it.
@@ -133,6 +134,10 @@ class FeedbackPath:
 
         self.rule.build(kernel, add_weight)
         self.attributes |= _kept_by(self.rule, made)
+        kernels = (
+            [self.feedback_kernel] if self.feedback_kernel is not None else []
+        )
+        self.stored = [*kernels, *made]
         if self.learning is not None:
             self._check_learning(made)
         units = layer.presynaptic_units(name, kernel.shape)
