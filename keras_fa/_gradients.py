@@ -11,6 +11,7 @@ All that the package needs of a backend's automatic differentiation is what the
 modules `_tensorflow` and `_jax` define:
 
 - `custom_gradient`: a function with a gradient of its own;
+- `read_apart`, `after`: how what learns is read, and what waits for it;
 - `pullback`: the gradient of a function for the error at its output;
 - `compiled`: a function compiled for the backend;
 - `sum_of_squares`: of a kernel, the fastest way;
@@ -32,6 +33,7 @@ import keras
 from keras_fa._types import Feedback
 from keras_fa._types import Gradients
 from keras_fa._types import Learn
+from keras_fa._types import Learned
 from keras_fa._types import LinearOp
 from keras_fa._types import Tensor
 
@@ -55,6 +57,7 @@ def feedback_op(
     kernels: Sequence[Tensor],
     biases: Sequence[Tensor],
     learn: Learn | None = None,
+    learned: Learned | None = None,
 ) -> Tensor:
     """Computes `op(x, W)` and sends the error down through B.
 
@@ -75,6 +78,8 @@ def feedback_op(
         learn: A function of the gradients dW that returns those of the
             kernels B; nothing of these reaches W. Default `None`: they receive
             no gradient.
+        learned: The kernels B, where they are made of weights that are
+            trained, by `learning_weights`.
 
     Returns:
         The tensor `op(x, W)`.
@@ -86,7 +91,7 @@ def feedback_op(
         x,
         list(kernels),
         list(biases),
-        learn is not None,
+        learned,
     )
 
 
@@ -112,6 +117,15 @@ def _feedback_gradient(
         of_kernels.append(of_kernel)
     of_feedback = None if learn is None else learn(of_kernels)
     return dx, of_kernels, of_biases, of_feedback
+
+
+def learning_weights(make: Callable[[], list[Tensor]]) -> Learned:
+    """What is made of weights that the same step trains.
+
+    Args:
+        make: Reads the weights and makes it. Called once or twice.
+    """
+    return Learned(*backend.read_apart(make))
 
 
 def transposed(op: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Tensor:
@@ -151,7 +165,13 @@ def send_error(
     """
 
     # Tensors, in plain lists: variables and lists of Keras's hold layers.
-    maps, carry = list(map(keras.ops.convert_to_tensor, maps)), list(carry)
+    learned = None
+    if learn is not None:
+        learned = learning_weights(
+            lambda: list(map(keras.ops.convert_to_tensor, maps))
+        )
+        source = backend.after(learned.used, source)
+    maps, carry = list(map(keras.ops.stop_gradient, maps)), list(carry)
 
     def gradient(
         _: LinearOp,
@@ -181,7 +201,7 @@ def send_error(
         source,
         list(receivers),
         [],
-        learn is not None,
+        learned,
     )
 
 

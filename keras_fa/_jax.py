@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import keras
 
 from keras_fa._types import Feedback
+from keras_fa._types import Learned
 from keras_fa._types import LinearOp
 
 # Keras hands an optimizer's compiled step the trainable variables and the
@@ -31,7 +32,7 @@ def custom_gradient(
     x: jax.Array,
     kernels: list[jax.Array],
     biases: list[jax.Array],
-    learns: bool,
+    learned: Learned | None,
 ) -> jax.Array:
     """`op(x, kernels, biases)` with a gradient of one's own."""
 
@@ -49,16 +50,26 @@ def custom_gradient(
     function.defvjp(record, backward)
     x, *tensors = map(keras.ops.convert_to_tensor, [x, *kernels, *biases])
     kernels, biases = tensors[: len(kernels)], tensors[len(kernels) :]
-    traced = any(isinstance(a, jax.core.Tracer) for a in (x, *tensors))
-    if not traced and not learns:
+    if learned is not None:
+        return function(x, kernels, biases, learned.receiving)
+    if not any(isinstance(a, jax.core.Tracer) for a in (x, *tensors)):
         return op(x, kernels, biases)  # nobody takes a gradient
     # Rules may assign variables (their random state), which has to happen
     # out here, where Keras sees it. Compiled code that takes no gradient does
     # not compute the rest.
-    back = feedback(list(map(jax.lax.stop_gradient, kernels)))
-    if not learns:
-        back = list(map(jax.lax.stop_gradient, back))
+    back = [jax.lax.stop_gradient(b) for b in feedback(kernels)]
     return function(x, kernels, biases, back)
+
+
+def read_apart(make: Callable[[], list[jax.Array]]) -> tuple[list, list]:
+    """What `make` returns, for use and for its gradient."""
+    made = make()
+    return made, made
+
+
+def after(made: list[jax.Array], x: jax.Array) -> jax.Array:
+    """`x`: functions are pure, and know no order."""
+    return x
 
 
 def pullback(

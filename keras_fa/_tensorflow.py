@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_fa._types import Feedback
+from keras_fa._types import Learned
 from keras_fa._types import LinearOp
 
 # An optimizer's step reads any variable, so what a kernel's constraint
@@ -23,7 +24,7 @@ def custom_gradient(
     x: tf.Tensor,
     kernels: list[tf.Tensor],
     biases: list[tf.Tensor],
-    learns: bool,
+    learned: Learned | None,
 ) -> tf.Tensor:
     """`op(x, kernels, biases)` with a gradient of one's own.
 
@@ -31,18 +32,19 @@ def custom_gradient(
         op: What is computed.
         feedback: What the gradient is made with, as a function of `kernels`.
         gradient: `gradient(op, x, kernels, biases, feedback(kernels), dy)`
-            returns the gradients of `x`, `kernels`, `biases`, and of what
-            `feedback` returned if that learns.
+            returns the gradients of `x`, `kernels`, `biases`, and of `learned`
+            if these have any.
         x: A tensor.
         kernels: Tensors or variables.
         biases: Tensors or variables.
-        learns: Whether what `feedback` returns receives a gradient.
+        learned: What `feedback` would return, made of weights that are
+            trained. `None`: it is made here, and has no gradient.
 
     Returns:
         A tensor.
     """
     n, m = len(kernels), len(kernels) + len(biases)
-    learned = feedback(list(map(tf.stop_gradient, kernels))) if learns else []
+    used, receiving = (None, []) if learned is None else learned
     if tf.inside_function():
         # The gradient functions of graphs live as long as the process.
         op, feedback = _weakly(op), _weakly(feedback)
@@ -50,7 +52,7 @@ def custom_gradient(
     @tf.custom_gradient
     def function(x, *tensors):
         kernels, biases = list(tensors[:n]), list(tensors[n:m])
-        back = list(tensors[m:]) or None
+        back = used
         if back is None and tf.inside_function():
             # Made here, since the gradient of a loop or a branch may read no
             # variable; what nobody takes a gradient of is pruned.
@@ -64,13 +66,36 @@ def custom_gradient(
             dx, dkernels, dbiases, dback = gradient(
                 op, x, kernels, biases, made, dy
             )
-            return (dx, *dkernels, *dbiases, *(dback or ()))
+            dback = dback or [None] * len(receiving)
+            return (dx, *dkernels, *dbiases, *dback)
 
         return op(_no_way_down(x), kernels, biases), backward
 
     # custom_gradient takes no variables.
-    tensors = [x, *kernels, *biases, *learned]
+    tensors = [x, *kernels, *biases, *receiving]
     return function(*map(tf.convert_to_tensor, tensors))
+
+
+def read_apart(make: Callable[[], list[tf.Tensor]]) -> tuple[list, list]:
+    """What `make` returns, for use and for its gradient: see `after`."""
+    made = make()
+    return made, make() if tf.inside_function() else made
+
+
+def after(made: list[tf.Tensor], x: tf.Tensor) -> tf.Tensor:
+    """`x`, which is there once `made` is.
+
+    What is made of weights that the same step trains has to be made before
+    they are written. TensorFlow's optimizer of graphs drops that order where a
+    way leads from one to the other by data, and loses it altogether where it
+    removes a part of that way later, such as the IdentityN around a gradient
+    of one's own: now and then the step then uses the weights of the next one.
+    """
+    if not tf.inside_function():
+        return x
+    with tf.control_dependencies(made):
+        # No identity, which would be removed as well.
+        return tf.ensure_shape(x, x.shape)
 
 
 def _no_way_down(x: tf.Tensor) -> tf.Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
+from typing import NamedTuple
 from typing import TypeAlias
 
 import keras
@@ -23,8 +24,21 @@ LinearOp: TypeAlias = Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]
 # A rule: the kernels W of an operation -> the kernels B that carry its error.
 Feedback: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 
-# What B learns from: the gradients of kernels W -> those of kernels B.
-Learn: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
+# What B learns from: the gradients of kernels W -> those of kernels B, if any.
+Learn: TypeAlias = Callable[[list[Tensor]], list[Tensor] | None]
+
+
+class Learned(NamedTuple):
+    """Kernels B that are made of weights that the same step trains.
+
+    Attributes:
+        used: What carries the error.
+        receiving: The same, what the gradient of B arrives at.
+    """
+
+    used: list[Tensor]
+    receiving: list[Tensor]
+
 
 # Of x, of kernels, of biases, and of the kernels B where these learn.
 Gradients: TypeAlias = tuple[

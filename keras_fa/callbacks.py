@@ -20,6 +20,7 @@ from keras_fa.constraints import parts_of
 from keras_fa.layers.direct import SendError
 from keras_fa.layers.direct import target_signal
 from keras_fa.layers.feedback import FeedbackLayer
+from keras_fa.layers.feedback import FeedbackPath
 from keras_fa.layers.feedback import all_layers
 from keras_fa.layers.feedback import all_variables
 from keras_fa.layers.feedback import feedback_layers
@@ -308,7 +309,10 @@ class MirrorPhase(keras.callbacks.Callback):
         kernels = [ops.cast(p.kernel, dtype) for p in layer.feedback_paths]
 
         def at_rest() -> Iterator[Local]:
-            return layer.locals(ops.zeros(shape, dtype), kernels)
+            feedback = map(
+                FeedbackPath.effective, layer.feedback_paths, kernels
+            )
+            return layer.locals(ops.zeros(shape, dtype), kernels, feedback)
 
         noise = [
             keras.random.normal(

@@ -121,7 +121,7 @@ class FeedbackLearning:
     Subclasses define one or both of
 
     - `gradient(kernel_gradient)`: dW, the local product of x and dy, to the
-      gradient of B, of the same shape and dtype; by default it is 0;
+      gradient of B, of the same shape and dtype;
     - `loss(local)`: a scalar, computed from a `Local`, whose gradient with
       respect to B is added. It is taken in training (`training=True`) as a
       loss of the layer, which a training loop of one's own has to add as it
@@ -137,16 +137,15 @@ class FeedbackLearning:
             there is no `feedback_regularizer`.
     """
 
+    gradient: ClassVar[Callable[..., Tensor] | None] = None
     loss: ClassVar[Callable[..., Tensor] | None] = None
     in_step: ClassVar[bool] = True
     decays_as_kernel: ClassVar[bool] = False
 
-    def gradient(self, kernel_gradient: Tensor) -> Tensor:
-        """The gradient of B that is made of dW."""
-        return ops.zeros_like(kernel_gradient)
-
-    def of_kernels(self, gradients: list[Tensor]) -> list[Tensor]:
-        """`gradient` of each kernel's dW."""
+    def of_kernels(self, gradients: list[Tensor]) -> list[Tensor] | None:
+        """`gradient` of each kernel's dW, if there is one."""
+        if self.gradient is None:
+            return None
         return [self.gradient(gradient) for gradient in gradients]
 
     def get_config(self) -> dict:

@@ -451,8 +451,17 @@ class FeedbackLayer:
         # Each read once: B is made of the very W that y is computed with.
         kernels = [ops.convert_to_tensor(path.kernel) for path in paths]
         biases = [] if self.bias is None else [ops.convert_to_tensor(self.bias)]
-        rule = self.feedback_learning
+        rule, learned = self.feedback_learning, None
         learns = rule is not None and rule.in_step
+        if learns:
+            fixed = list(map(ops.stop_gradient, kernels))
+            learned = _gradients.learning_weights(
+                lambda: self._effective(fixed)
+            )
+            inputs, *kernels = (
+                _gradients.backend.after(learned.used, tensor)
+                for tensor in (inputs, *kernels)
+            )
         outputs = _gradients.feedback_op(
             self._linear_op,
             self._effective,
@@ -460,9 +469,11 @@ class FeedbackLayer:
             kernels,
             biases,
             rule.of_kernels if learns else None,
+            learned,
         )
         if training and learns and rule.loss is not None:
-            loss = sum(map(rule.loss, self.locals(inputs, kernels)))
+            local = self.locals(inputs, kernels, learned.used)
+            loss = sum(map(rule.loss, local))
             # It moves B, and is not part of the loss that is shown.
             self.add_loss(loss - ops.stop_gradient(loss))
         if self.activation is not None:
@@ -487,18 +498,21 @@ class FeedbackLayer:
         ]
 
     def locals(
-        self, x: Tensor, kernels: list[Tensor]
+        self, x: Tensor, kernels: list[Tensor], feedback: list[Tensor]
     ) -> Iterator[learning.Local]:
         """What the feedback of each kernel may learn from.
 
         Args:
             x: An input of the layer, in its compute dtype.
             kernels: The kernels W, in the compute dtype.
+            feedback: The kernels B, likewise.
         """
         x = ops.stop_gradient(x)
-        for op, path, given in zip(self.stages(), self.feedback_paths, kernels):
-            kernel = ops.cast(ops.stop_gradient(given), path.full_dtype)
-            local = learning.Local(op, x, kernel, path.effective(kernel))
+        for op, path, w, b in zip(
+            self.stages(), self.feedback_paths, kernels, feedback
+        ):
+            w = ops.cast(ops.stop_gradient(w), path.full_dtype)
+            local = learning.Local(op, x, w, ops.cast(b, path.full_dtype))
             yield local
             x = local.y
 
