@@ -323,7 +323,7 @@ def again(
                 raise
             # A from_config of its own may take nothing but configs.
             plain = layer.get_config()
-            if "name" in plain:
+            if "name" in config:
                 plain["name"] = config["name"]
             new = type(layer).from_config(plain)
         if hasattr(layer, "save_assets"):

@@ -67,7 +67,8 @@ class Node:
     Attributes:
         operation: A layer, or what a `keras.ops` function is recorded as;
             `None` for an input of the model.
-        label: The operation's name, with a number from its second call on.
+        label: The operation's name, with a number from its second call on;
+            that of no other node.
         parents: The nodes that its tensors come from, one for each tensor.
         shape: That of its output; `None` if there are several.
     """
@@ -221,7 +222,10 @@ class _Recorded(keras.Operation):
 
 def _record(model: keras.Model) -> tuple[list[Node], Node]:
     """The nodes of a model, inputs left out, and the node of its output."""
+    # A view is not compiled and has no constructor of a user's.
+    view = _cloning.functional(model)
     nodes, calls = [], collections.Counter()
+    labels = {operation.name for operation in view.operations}
     produced = collections.defaultdict(Node)  # what nothing produced is input
 
     def record(
@@ -229,11 +233,16 @@ def _record(model: keras.Model) -> tuple[list[Node], Node]:
     ) -> object:
         outputs = _Recorded(operation)(*args, **kwargs)
         tensors = keras.tree.flatten(outputs)
-        number = calls[operation]
+        label = operation.name
+        if calls[operation]:
+            label += f"_{calls[operation]}"
+            while label in labels:
+                label += "_"
         calls[operation] += 1
+        labels.add(label)
         node = Node(
             operation,
-            f"{operation.name}_{number}" if number else operation.name,
+            label,
             tuple(
                 produced[value]
                 for value in keras.tree.flatten((args, kwargs))
@@ -245,9 +254,8 @@ def _record(model: keras.Model) -> tuple[list[Node], Node]:
         produced.update(dict.fromkeys(tensors, node))
         return outputs
 
-    # Of a view, which is not compiled and has no constructor of a user's.
     recording = keras.models.clone_model(
-        _cloning.functional(model),
+        view,
         clone_function=lambda operation: operation,
         call_function=record,
     )

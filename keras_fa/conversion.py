@@ -171,7 +171,7 @@ def convert(
         [
             keras.Input((28, 28, 1)),
             keras.layers.Conv2D(8, 3, activation="relu", name="conv"),
-            keras.layers.Flatten(),
+            keras.layers.Flatten(name="flatten"),
             keras.layers.Dense(10, name="readout"),
         ]
     )
@@ -490,14 +490,10 @@ def _wire(
         sends = graph.direct(*_named_ends(graph, named, taps, error_from))
     else:
         sends = graph.dense()
-    arrivals = [tap for taps in sends.values() for tap in taps.values()]
-    stops = set(arrivals) if dfa else set()
+    ways = [(a, tap) for a in sends for tap in sends[a].values()]
+    stops = {tap for _, tap in ways} if dfa else set()
+    pairs = [(source.shape, tap.shape) for source, tap in ways]
     signal = _signal(graph, method, loss)
-    pairs = [
-        (source.shape, tap.shape)
-        for source, receivers in sends.items()
-        for tap in receivers.values()
-    ]
     what = f"fixed random {feedback_maps} maps for model '{model.name}'"
     _say_bytes(f"{method.title}: {len(pairs)} {what}", pairs, feedback_maps)
     # DFA's e is that of the logits or of a named layer's output, DenseFA's
