@@ -250,7 +250,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             name="fixed_sign_feedback",
-            title="FA, signs of W at the start",
+            title="FA of initial signs",
             definition="B = ||W_0|| sign(W_0) / ||sign(W_0)||, never updated",
             standing="our control",
             feedback_initializer=KernelSign(),

@@ -32,7 +32,7 @@ ROWS = {
     "bp_ei": "BP E/I",
     "fa_usf_sn_ei": "FA-uSF SN E/I",
     "brsf": "brSF",
-    "fixed_sign_feedback": "FA, signs of W at the start",
+    "fixed_sign_feedback": "FA of initial signs",
     "frozen": "Frozen",
     "kolen_pollack": "Kolen-Pollack",
     "weight_mirror": "Weight mirror",

@@ -867,3 +867,12 @@ def few_images(config):
     images = np.zeros((8, 32, 32, 3), np.uint8)
     split = arrays.Split(images, np.zeros(8, np.int64))
     return arrays.Arrays(arrays.Splits(split, split, split))
+
+
+def test_frozen_kernels_are_parameters_of_the_network():
+    """Cells of one network, whatever learns in it."""
+    counts = {
+        method: models.parameters(models.build(config_of(f"--method={method}")))
+        for method in ("bp", "fa_usf_init_ei", "frozen", "dfa")
+    }
+    assert set(counts.values()) == {151306}

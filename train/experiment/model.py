@@ -4,6 +4,7 @@ An optimiser is added as one entry of `OPTIMIZERS`.
 """
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import keras_fa
 from experiment import networks
 from experiment.datasets import DATASETS
 from experiment.errors import UserError
+from keras_fa.alignment import named_paths
 from keras_fa.constraints import Chain
 from keras_fa.constraints import FixedSign
 from keras_fa.constraints import SignConcordance
@@ -79,6 +81,13 @@ def build(config: SimpleNamespace) -> keras.Model:
         for layer in model.layers:
             layer.supports_jit = True
     return model
+
+
+def parameters(model: keras.Model) -> int:
+    """How many the network learns, those included that its method freezes."""
+    kernels = [path.kernel for path in named_paths(model).values()]
+    counted = {id(v): v for v in (*model.trainable_variables, *kernels)}
+    return sum(math.prod(variable.shape) for variable in counted.values())
 
 
 def draws(method: Method) -> bool:

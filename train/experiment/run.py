@@ -1,6 +1,5 @@
 """A run: data, model, training, report, in that order."""
 
-import math
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -392,10 +391,7 @@ class Run:
             "steps_per_epoch": self.steps_per_epoch,
             "replicas": self.placement.replicas,
             "skipped_images": sorted(set().union(*skipped)),
-            "parameters": sum(
-                math.prod(variable.shape)
-                for variable in self.model.trainable_variables
-            ),
+            "parameters": models.parameters(self.model),
             "versions": startup.versions(
                 "keras_fa", "keras", self.config.backend
             ),
