@@ -10,10 +10,21 @@ For each kernel of an FA layer:
   that backpropagation would give it, on a probe batch, in degrees. Below 90
   the update goes downhill.
 
-An angle with a vector of zeros (a dead layer) is NaN.
+An angle with a vector of zeros (a dead layer) is NaN, and so is the angle of
+gradients where that of backpropagation has a norm below 1e-7: it would be that
+of rounding errors.
+
+`diagnose` looks at all of it once and says what is wrong: is it feedback, and
+does it teach?
 """
 
+import contextlib
+import dataclasses
+import functools
+import math
 from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
 
 import keras
 import numpy as np
@@ -23,10 +34,18 @@ from keras_fa import _gradients
 from keras_fa._types import Identifier
 from keras_fa._types import Tensor
 from keras_fa.layers.direct import StopError
+from keras_fa.layers.feedback import FeedbackLayer
 from keras_fa.layers.feedback import FeedbackPath
 from keras_fa.layers.feedback import all_layers
 from keras_fa.layers.feedback import all_variables
 from keras_fa.layers.feedback import feedback_layers
+
+# Below this norm a gradient is taken for none, and its angle for nothing.
+NO_GRADIENT = 1e-7
+# Below this share of it the gradient through the feedback is rounding errors.
+NO_ERROR = 1e-5
+# From a kernel layer to the next, activity that grows faster explodes.
+EXPLODING = 50.0
 
 
 def alignment(
@@ -96,18 +115,9 @@ def alignment_function(
         ValueError: As `alignment`.
     """
     loss = _loss_function(model, loss)
-    if len(getattr(model, "outputs", None) or [None]) > 1:
-        raise ValueError(
-            "Alignment is measured on models with one output. Received: model "
-            f"'{model.name}' with {len(model.outputs)} outputs."
-        )
     paths = named_paths(model)
     kernels = [path.kernel for path in paths.values()]
-    direct = any(isinstance(inner, StopError) for inner in all_layers(model))
-
-    # Gradients of half precision vanish below 6e-8: they are taken of the loss
-    # times a scale, of which angles do not depend.
-    half = any(inner.compute_dtype == "float16" for inner in all_layers(model))
+    direct = _is_direct(model)
 
     def kernel_gradients(x, y, scale):
         # What the forward pass assigns (statistics, random state) is dropped,
@@ -127,14 +137,37 @@ def alignment_function(
         rows = []
         for path, got, wanted in zip(paths.values(), received, exact):
             row = {} if direct else _of_path(path)
-            row["gradient_angle"] = angle(got, wanted)
+            row["gradient_angle"] = gradient_angle(got, wanted, scale)
             rows.append(row)
-        sums = [ops.sum(g) for g in (*received, *exact)]
-        return rows, ops.all(ops.isfinite(ops.stack(sums)))
+        return rows, _all_finite([*received, *exact])
 
-    measure = _gradients.backend.compiled(measure, reads=all_variables(model))
+    look = _look(model, measure)
 
     def measured(x, y):
+        return {
+            name: {measure: float(value) for measure, value in row.items()}
+            for name, row in zip(paths, look(x, y))
+        }
+
+    return measured
+
+
+def _look(
+    model: keras.Model, measure: Callable[[Tensor, Tensor, Tensor], tuple]
+) -> Callable[[Tensor, Tensor], list[dict[str, Tensor]]]:
+    """A measure of a batch, compiled.
+
+    Args:
+        model: What it looks at.
+        measure: A function of inputs, targets and what to multiply the loss
+            by, that returns the measures and whether all of it is finite.
+    """
+    # Gradients of half precision vanish below 6e-8: they are taken of the loss
+    # times a scale, of which angles do not depend.
+    half = any(inner.compute_dtype == "float16" for inner in all_layers(model))
+    measure = _gradients.backend.compiled(measure, reads=all_variables(model))
+
+    def look(x, y):
         if hasattr(model, "jax_state_sync"):  # `fit` on JAX holds the weights
             model.jax_state_sync()
         x, y = keras.tree.map_structure(ops.convert_to_tensor, (x, y))
@@ -143,12 +176,18 @@ def alignment_function(
             rows, finite = measure(x, y, scale)
             if finite:
                 break
-        return {
-            name: {measure: float(value) for measure, value in row.items()}
-            for name, row in zip(paths, rows)
-        }
+        return rows
 
-    return measured
+    return look
+
+
+def _is_direct(model: keras.Model) -> bool:
+    """Whether it is DFA's, where no error passes through B."""
+    return any(isinstance(inner, StopError) for inner in all_layers(model))
+
+
+def _all_finite(tensors: list[Tensor]) -> Tensor:
+    return ops.all(ops.isfinite(ops.stack([ops.sum(t) for t in tensors])))
 
 
 def _loss_function(
@@ -161,6 +200,11 @@ def _loss_function(
             "The gradient's angle needs one loss function: give `loss`, or "
             "compile the model with a single loss. Received: "
             f"loss={loss}"
+        )
+    if len(getattr(model, "outputs", None) or [None]) > 1:
+        raise ValueError(
+            "Alignment is measured on models with one output. Received: model "
+            f"'{model.name}' with {len(model.outputs)} outputs."
         )
     loss = keras.losses.get(loss)
     return lambda y, output: ops.mean(loss(_of_rank(y, output), output))
@@ -245,6 +289,58 @@ def angle(a: Tensor, b: Tensor) -> Tensor:
     return 2.0 * half * (180.0 / np.pi)
 
 
+def gradient_angle(
+    received: Tensor, exact: Tensor, scale: Tensor | float = 1.0
+) -> Tensor:
+    """The angle between a gradient and that of backpropagation.
+
+    Args:
+        received: The gradient, times `scale`.
+        exact: That of backpropagation, times `scale`.
+        scale: What the loss was multiplied by. Default: 1.
+
+    Returns:
+        A scalar tensor, degrees in [0, 180]; NaN if one of them is zero, or
+        backpropagation's has a norm below 1e-7.
+    """
+    there = _norm(exact) >= NO_GRADIENT * scale
+    return ops.where(there, angle(received, exact), np.nan)
+
+
+def effective_rank(errors: Tensor) -> Tensor:
+    """In how many directions the errors of a batch differ.
+
+    With the singular values s of the matrix E `(batch, units)`, the
+    participation ratio of their squares, `(sum s^2)^2 / sum s^4`, which is
+    `tr(E E^T)^2 / ||E E^T||^2`. It is 1 where all examples send one error up to
+    a factor, and k where k orthogonal ones are equally strong. E is taken as
+    it is, without subtracting its mean.
+
+    Args:
+        errors: A tensor of shape `(batch, ...)`.
+
+    Returns:
+        A scalar tensor, from 1 to min(batch, units); NaN if all is zero.
+
+    Source: the participation ratio as a dimension, Gao et al. (2017), "A theory
+    of multineuronal dimensionality, dynamics and measurement".
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_fa.alignment import effective_rank
+
+    assert np.isclose(effective_rank(np.eye(4)), 4)
+    assert np.isclose(effective_rank(np.ones((5, 3))), 1)
+    ```
+    """
+    matrix = ops.reshape(_float(errors), (ops.shape(errors)[0], -1))
+    matrix = matrix / _nonzero(ops.max(ops.abs(matrix)))
+    gram = ops.matmul(matrix, ops.transpose(matrix))
+    return ops.square(ops.trace(gram)) / ops.sum(ops.square(gram))
+
+
 def norm_ratio(a: Tensor, b: Tensor) -> Tensor:
     """`||a|| / ||b||`, a scalar tensor; NaN if b is zero.
 
@@ -283,3 +379,311 @@ def _unit(a: Tensor) -> Tensor:
 
 def _nonzero(value: Tensor) -> Tensor:
     return ops.where(value > 0, value, np.nan)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDiagnosis:
+    """What `diagnose` finds of one kernel. A number that is not there is NaN.
+
+    Attributes:
+        angle: Between B and W, degrees. NaN under DFA, as the next two.
+        norm_ratio: `||B|| / ||W||`.
+        sign_agreement: Weights whose B and W have the same sign, percent.
+        activity: Root mean square of the layer's outputs, activation included.
+        activity_ratio: Of the activity to that of the kernel layer called
+            before it; NaN for the first one.
+        received_norm: Norm of the gradient that the kernel receives.
+        gradient_norm: Norm of its gradient under backpropagation.
+        gradient_angle: Between the two, degrees. NaN where the latter's norm
+            is below 1e-7.
+        error_rank: `effective_rank` of the error that arrives at the layer's
+            output, before its activation function: `dy` in `dW = x^T dy`.
+        backprop_error_rank: The same under backpropagation.
+        findings: What is wrong, a sentence each.
+    """
+
+    angle: float
+    norm_ratio: float
+    sign_agreement: float
+    activity: float
+    activity_ratio: float
+    received_norm: float
+    gradient_norm: float
+    gradient_angle: float
+    error_rank: float
+    backprop_error_rank: float
+    findings: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` finds; `str()` of it is a table and what is wrong.
+
+    Attributes:
+        layers: A `LayerDiagnosis` for each kernel, by the names of `alignment`.
+    """
+
+    layers: Mapping[str, LayerDiagnosis]
+
+    @property
+    def findings(self) -> dict[str, tuple[str, ...]]:
+        """What is wrong, by the kernels that it is wrong with."""
+        return {
+            k: row.findings for k, row in self.layers.items() if row.findings
+        }
+
+    def __str__(self) -> str:
+        rows = [("layer", *_HEADS.values())]
+        for name, row in self.layers.items():
+            values = [getattr(row, field) for field in _HEADS]
+            cells = ("-" if math.isnan(v) else f"{v:.3g}" for v in values)
+            rows.append((name, *cells))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        found = [
+            f"{name}: {finding}"
+            for name, findings in self.findings.items()
+            for finding in findings
+        ]
+        lines = [
+            "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows
+        ]
+        return "\n".join([*lines, "", *(found or ["Nothing found."])])
+
+
+_HEADS = {
+    "angle": "angle",
+    "norm_ratio": "|B|/|W|",
+    "sign_agreement": "signs %",
+    "activity": "activity",
+    "activity_ratio": "growth",
+    "received_norm": "|dW|",
+    "gradient_norm": "of BP",
+    "gradient_angle": "dW angle",
+    "error_rank": "error rank",
+    "backprop_error_rank": "of BP",
+}
+
+
+def diagnose(
+    model: keras.Model,
+    x: Tensor,
+    y: Tensor,
+    loss: Identifier = None,
+    before: Mapping[str, np.ndarray] | None = None,
+) -> Diagnosis:
+    """Is it feedback, and does it teach? Looks at every kernel of a model.
+
+    It finds
+
+    - that B is W, and the rule is not that of backpropagation;
+    - that B lacks signs of W under a rule whose B has them (one with
+      `sign_concordant`);
+    - of feedback that is trained, that it has not moved from `before`, or,
+      without that, as a hint, that it stands across W (above 80 degrees);
+    - that activity grows more than 50-fold from a kernel layer to the next;
+    - that there is no gradient under backpropagation (a norm below 1e-7);
+    - that no error arrives through the feedback (a gradient below 1e-5 of it);
+    - that all units receive one error: its `effective_rank` is below 1.2, and
+      above 1.5 under backpropagation.
+
+    The gradients are those of `alignment`, in training mode; nothing of the
+    model's state moves. Of a layer that is called several times, the call of
+    least rank and that of the largest growth count. Models with FA layers in
+    loops (recurrent cells) are not supported: from outside, an error in there
+    cannot be looked at.
+
+    Args:
+        model: A built model with one output.
+        x: A batch of inputs. No rank is above its size.
+        y: The batch's targets.
+        loss: As for `alignment`.
+        before: Feedback kernels of an earlier time by the names of `alignment`,
+            to see whether those that are trained have moved. Default `None`.
+            `AlignmentMonitor.diagnose` has those of the start.
+
+    Returns:
+        A `Diagnosis`: a `LayerDiagnosis` for each kernel, and a text.
+
+    Raises:
+        ValueError: As `alignment`.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    from keras_fa import FADense
+    from keras_fa.alignment import diagnose
+
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            FADense(16, activation="tanh", name="hidden"),
+            FADense(4, name="readout"),
+        ]
+    )
+    readout = model.get_layer("readout")
+    readout.feedback_kernel.assign(readout.kernel)  # a mistake
+    x, y = np.random.normal(size=(32, 8)), np.random.normal(size=(32, 4))
+    diagnosis = diagnose(model, x, y, loss="mse")
+    print(diagnosis)
+    assert list(diagnosis.findings) == ["readout"]
+    assert "B is W" in diagnosis.findings["readout"][0]
+    assert diagnosis.layers["hidden"].error_rank > 1.5
+    ```
+    """
+    loss = _loss_function(model, loss)
+    paths, direct = named_paths(model), _is_direct(model)
+    layers, state = feedback_layers(model), all_variables(model)
+    kernels = [path.kernel for path in paths.values()]
+    of_layer = [layer for layer in layers for _ in layer.feedback_paths]
+
+    def measure(x, y, scale):
+        calls = []
+
+        def note(layer, activation, z):
+            calls.append((layer, z, activation(z)))
+            return calls[-1][-1]
+
+        def gradients():
+            """Those of the kernels, and the error at each call's output."""
+
+            def of(*values):
+                errors = iter(values[len(kernels) :])
+                with (
+                    _gradients.isolated(state, zip(kernels, values)),
+                    _tapped(layers, lambda _, f, z: f(z + next(errors))),
+                ):
+                    value = loss(y, model(x, training=True))
+                    return ops.cast(scale, value.dtype) * value
+
+            with _gradients.isolated(state):
+                values = [ops.convert_to_tensor(kernel) for kernel in kernels]
+                values += [ops.zeros_like(z) for _, z, _ in calls]
+                found = _gradients.backend.pullback(of, values)
+            return found[: len(kernels)], found[len(kernels) :]
+
+        with _gradients.isolated(state), _tapped(layers, note):
+            model(x, training=True)
+        received, errors = gradients()
+        with _gradients.backpropagation():
+            exact, exact_errors = gradients()
+        ranks = [
+            tuple(map(effective_rank, e)) for e in zip(errors, exact_errors)
+        ]
+        sizes = [ops.sqrt(ops.mean(ops.square(_float(h)))) for *_, h in calls]
+        rows = []
+        for layer, path, got, wanted in zip(
+            of_layer, paths.values(), received, exact
+        ):
+            own = [i for i, call in enumerate(calls) if call[0] is layer]
+            kernel = ops.convert_to_tensor(path.kernel)
+            same = ops.all(ops.equal(path.current(), kernel))
+            rows.append(
+                {
+                    **({} if direct else _of_path(path)),
+                    "received_norm": _norm(got) / scale,
+                    "gradient_norm": _norm(wanted) / scale,
+                    "gradient_angle": gradient_angle(got, wanted, scale),
+                    "same": ops.cast(same, "float32"),
+                    "activity": [sizes[i] for i in own],
+                    "activity_ratio": [
+                        sizes[i] / sizes[i - 1] for i in own if i
+                    ],
+                    "error_rank": [ranks[i][0] for i in own],
+                    "backprop_error_rank": [ranks[i][1] for i in own],
+                }
+            )
+        return rows, _all_finite([*received, *exact])
+
+    found = {}
+    for (name, path), row in zip(paths.items(), _look(model, measure)(x, y)):
+        values = dict.fromkeys(
+            ("angle", "norm_ratio", "sign_agreement"), np.nan
+        )
+        for key, value in row.items():
+            several = [float(v) for v in keras.tree.flatten(value)] or [np.nan]
+            values[key] = (min if "rank" in key else max)(several)
+        same = bool(values.pop("same"))
+        diagnosed = LayerDiagnosis(**values)
+        start = (before or {}).get(name)
+        findings = tuple(_findings(path, diagnosed, same, start))
+        found[name] = dataclasses.replace(diagnosed, findings=findings)
+    return Diagnosis(found)
+
+
+def _findings(
+    path: FeedbackPath,
+    row: LayerDiagnosis,
+    same: bool,
+    before: np.ndarray | None,
+) -> Iterator[str]:
+    """What is wrong with a kernel, in words.
+
+    Args:
+        path: Its path.
+        row: Its numbers.
+        same: Whether B is W.
+        before: Its stored B of an earlier time.
+    """
+    rule, stored = type(path.rule).__name__, path.feedback_kernel
+    if same and not path.tied:
+        yield "B is W, to the last bit: this is backpropagation."
+    if path.rule.sign_concordant and row.sign_agreement < 100:
+        yield (
+            f"{row.sign_agreement:.1f} % of B have the sign of W; under {rule} "
+            "all have."
+        )
+    if stored is not None and stored.trainable:
+        if before is not None and np.array_equal(before, stored):
+            yield "B is trained, and is what it was at the start."
+        elif before is None and row.angle > 80:
+            yield (
+                f"a hint: B is trained and at {row.angle:.0f} degrees to W. "
+                "Has it moved?"
+            )
+    if not math.isfinite(row.activity):
+        yield "its activity is not finite."
+    elif row.activity_ratio > EXPLODING:
+        yield (
+            f"its activity is {row.activity_ratio:.0f} times that of the "
+            "kernel layer before: the forward pass explodes."
+        )
+    if row.gradient_norm < NO_GRADIENT:
+        yield (
+            f"its gradient vanishes (norm {row.gradient_norm:.1g} under "
+            "backpropagation), and an angle of it means nothing."
+        )
+    elif row.received_norm < NO_ERROR * row.gradient_norm:
+        yield (
+            "no error arrives through the feedback: its gradient has the norm "
+            f"{row.received_norm:.1g}, under backpropagation "
+            f"{row.gradient_norm:.1g}."
+        )
+    elif row.error_rank < 1.2 and row.backprop_error_rank > 1.5:
+        yield (
+            f"the errors that arrive are one error (effective rank "
+            f"{row.error_rank:.1f}, backpropagation "
+            f"{row.backprop_error_rank:.1f})."
+        )
+
+
+@contextlib.contextmanager
+def _tapped(
+    layers: list[FeedbackLayer],
+    tap: Callable[[FeedbackLayer, Callable, Tensor], Tensor],
+) -> Iterator[None]:
+    """A scope with `tap(layer, activation, z)` in each activation's place.
+
+    z is what the layer has computed of its kernels and bias.
+    """
+    activations = {layer: layer.activation for layer in layers}
+    try:
+        for layer, activation in activations.items():
+            # Not by setattr, of which Keras takes notice.
+            given = activation or keras.activations.linear
+            vars(layer)["activation"] = functools.partial(tap, layer, given)
+        yield
+    finally:
+        for layer, activation in activations.items():
+            vars(layer)["activation"] = activation

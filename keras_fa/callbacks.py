@@ -8,11 +8,14 @@ from importlib.util import find_spec
 from os import PathLike
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_fa import _gradients
 from keras_fa._types import Tensor
+from keras_fa.alignment import Diagnosis
 from keras_fa.alignment import alignment_function
+from keras_fa.alignment import diagnose
 from keras_fa.alignment import named_paths
 from keras_fa.constraints import KernelConstraint
 from keras_fa.constraints import SignConcordance
@@ -449,6 +452,8 @@ class AlignmentMonitor(keras.callbacks.Callback):
     monitor = AlignmentMonitor(probe=(x, y), in_logs=True)
     history = model.fit(x, y, epochs=3, callbacks=[monitor, stop], verbose=0)
     assert history.history[angle][0] == monitor.history[0][angle]
+
+    print(monitor.diagnose())  # is it feedback, and does it teach?
     ```
     """
 
@@ -490,6 +495,12 @@ class AlignmentMonitor(keras.callbacks.Callback):
         if not self.model.built:
             self.model(self.probe[0])
         self._measure = alignment_function(self.model, self.loss)
+        self._before = {
+            name: np.array(path.feedback_kernel)
+            for name, path in named_paths(self.model).items()
+            if path.feedback_kernel is not None
+            and path.feedback_kernel.trainable
+        }
         self._last = self.start = _flat(self._measure(*self.probe))
         self.columns = list(self.start)
         if self.log_dir is not None and self._writer is None:
@@ -508,6 +519,23 @@ class AlignmentMonitor(keras.callbacks.Callback):
                 self._write(epoch, self._last)
         if self.in_logs and logs is not None:
             logs.update(self._last)
+
+    def diagnose(self) -> Diagnosis:
+        """What `keras_fa.alignment.diagnose` finds on the probe batch now.
+
+        And whether feedback that is trained has moved since the beginning of
+        the last `fit`, which one look cannot tell.
+
+        Raises:
+            ValueError: If no training has begun.
+        """
+        if not self.columns:
+            raise ValueError(
+                "AlignmentMonitor.diagnose() compares with the beginning of a "
+                "training. Give the monitor to `fit` first, or call "
+                "keras_fa.alignment.diagnose(model, x, y)."
+            )
+        return diagnose(self.model, *self.probe, self.loss, self._before)
 
     def _write(self, epoch: int, measures: dict[str, float]) -> None:
         import tensorflow as tf
