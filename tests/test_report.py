@@ -478,3 +478,30 @@ def test_nothing_to_report(tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 2
     assert report.run(["report.py", "--help"]) == 0
     assert report.__doc__ in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_without_figures")
+def test_what_is_no_better_than_frozen_is_marked(tmp_path, made):
+    """By less than 2 points of what the table shows."""
+    cells_of = {"bp": 10.0, "frozen": 20.1, "fa": 18.1, "brsf": 18.106}
+    for method, error in cells_of.items():
+        write_cell(tmp_path, [error], **CIFAR10, method=method)
+    _, output, errors = made()
+    assert errors == ""
+    shown = {row[0]: row[1] for row in rows(output)}
+    assert shown["BP"] == "10.00 (n=1)"
+    assert shown["FA"] == "18.10 (n=1)"
+    assert shown["brSF"] == "18.11 (n=1) †"
+    assert shown["Frozen"] == "20.10 (n=1)"
+    assert "- † not 2 points below Frozen, whose hidden kernels" in output
+
+
+@pytest.mark.usefixtures("_without_figures")
+@pytest.mark.parametrize("other", ["bp", "frozen"])
+def test_without_frozen_or_within_its_margin_nothing_is_marked(
+    other, tmp_path, made
+):
+    write_cell(tmp_path, [9.0], **CIFAR10, method=other)
+    write_cell(tmp_path, [7.0], **CIFAR10, method="fa")
+    write_cell(tmp_path, [80.0], dataset="digits", method="dfa")
+    assert "†" not in made()[1]

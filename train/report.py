@@ -14,8 +14,10 @@ as table.md, with these figures, each as PNG and SVG:
 A row is a method. Ours is the mean of the test error in percent over the
 seeds, their sample standard deviation, and their number; beside it stand the
 figures of the paper and of others. A gap is the error less that of BP in the
-same table. "open" is where others have a figure and we have no run to show. A
-setting that a run does not say, for it is younger, is at its default.
+same table. A dagger marks what is not 2 points better than Frozen in the same
+table, whose hidden kernels do not learn. "open" is where others have a figure
+and we have no run to show. A setting that a run does not say, for it is
+younger, is at its default.
 
 Runs that are damaged, unfinished or of a search without a test error are named
 and skipped. A method whose runs differ in what is learned and not in the seed

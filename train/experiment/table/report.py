@@ -19,6 +19,16 @@ from experiment.table.published import published
 from experiment.table.published import rows_of
 from keras_fa.methods import METHODS
 
+# What a row has to have learned in its hidden kernels to be told from one that
+# has learned nothing there, in percentage points.
+MARGIN = 2.0
+MARK = "†"
+_MARKED = (
+    f"{MARK} not {MARGIN:g} points below {METHODS['frozen'].title}, whose "
+    "hidden kernels stay as they are drawn: what they have learned here does "
+    "not show."
+)
+
 LEGEND = (
     "Test error in percent after the last epoch: mean ± sample standard "
     "deviation (number of seeds). A gap is the error less that of BP in the "
@@ -35,13 +45,16 @@ def table(column: Task, ours: dict[str, Cell]) -> str:
         ours: Method to our runs.
     """
     sources = published(column)
+    marked = dict.fromkeys(no_better_than_frozen(ours), f" {MARK}")
     heads = ["method", "ours", "epochs"]
     heads += [source.source for source in sources]
     heads += [f"{head} - BP" for head in ("ours", *heads[3:])]
     rows = [
         [
             METHODS[method].title,
-            _mean(ours[method]) if method in ours else "open",
+            _mean(ours[method]) + marked.get(method, "")
+            if method in ours
+            else "open",
             str(ours[method].epochs) if method in ours else "",
             *(_figure(s.errors.get(method), s.decimals) for s in sources),
             _gap({m: cell.mean for m, cell in ours.items()}, method, 2),
@@ -57,10 +70,26 @@ def table(column: Task, ours: dict[str, Cell]) -> str:
             markdown.table(heads, rows),
             "\n".join(
                 f"- {line}"
-                for line in [*(s.about for s in sources), *recipes(ours)]
+                for line in [
+                    *(s.about for s in sources),
+                    *([_MARKED] if marked else []),
+                    *recipes(ours),
+                ]
             ),
         ]
     )
+
+
+def no_better_than_frozen(ours: dict[str, Cell]) -> list[str]:
+    """The methods whose error is not `MARGIN` below that of frozen kernels."""
+    if "frozen" not in ours:
+        return []
+    error = ours["frozen"].mean
+    return [
+        method
+        for method, cell in ours.items()
+        if method != "frozen" and round(error - cell.mean, 2) < MARGIN
+    ]
 
 
 def recipes(ours: dict[str, Cell]) -> list[str]:
