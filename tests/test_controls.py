@@ -466,6 +466,22 @@ def test_frozen_by_hand() -> None:
     assert [w.name for w in layer.trainable_weights] == ["bias"]
 
 
+@backends.requires_tensorflow
+@pytest.mark.parametrize("method", METHODS)
+def test_on_two_replicas(strategy: Any, method: str) -> None:
+    with strategy.scope():
+        model = convert(network(), method)
+        start = weights(model)
+        train(model, 1)
+    if method == "frozen":
+        assert_frozen(model, start)
+    after = weights(model)
+    for key, value in start.items():
+        if key.endswith("feedback"):
+            np.testing.assert_array_equal(after[key], value)
+    assert not np.array_equal(after["readout/kernel"], start["readout/kernel"])
+
+
 # All of them -----------------------------------------------------------------
 
 LOAD = """
