@@ -245,6 +245,23 @@ def test_a_look_at_a_lock_changes_nothing(tmp_path):
     assert not lock.is_held(folder)
 
 
+def test_a_look_at_a_lock_makes_no_folder(tmp_path, monkeypatch):
+    """Nor one that vanishes while it looks."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / lock.LOCK).touch()
+    unpatched = lock.fcntl.flock
+
+    def vanishing(*arguments):
+        shutil.rmtree(folder)
+        unpatched(*arguments)
+
+    monkeypatch.setattr(lock.fcntl, "flock", vanishing)
+    assert not lock.is_held(folder)
+    assert not lock.is_held(folder)
+    assert not folder.exists()
+
+
 # Killed.
 
 # Imports once, then forks for each run: nothing of TensorFlow runs before.
