@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import main  # before all that imports Keras
 import numpy as np
 import pytest
 
@@ -29,13 +30,6 @@ BATCH, STEPS = 8, 3
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tfds")
-    photo_folder.write(folder, TRAINING, VALIDATION, 3, DAMAGED)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sound")
     photo_folder.write(folder, TRAINING, VALIDATION, 3)
     return folder
 
@@ -139,11 +133,11 @@ def test_batches_depend_on_the_seed_and_the_epoch(
 
 
 def test_files_are_read_in_another_order_in_each_epoch(
-    sound: Path, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(photos, "SHUFFLE_BUFFER", 1)
     firsts = [
-        [y[0] for _, y, _ in training(sound, seed=seed, epochs=5)[::STEPS]]
+        [y[0] for _, y, _ in training(data_dir, seed=seed, epochs=5)[::STEPS]]
         for seed in (0, 1)
     ]
     assert firsts[0] != firsts[1]
@@ -204,12 +198,12 @@ def test_only_the_window_is_decoded_and_it_is_the_same() -> None:
         assert np.abs(ours - wanted).max() < 25
 
 
-def test_labels_and_mirrors(sound: Path) -> None:
+def test_labels_and_mirrors(data_dir: Path) -> None:
     def all_of_it(photo, window):
         return tf.io.decode_jpeg(photo, channels=3)
 
     mirrored = []
-    for x, label in zip(*joined(training(sound, decode=all_of_it))[:2]):
+    for x, label in zip(*joined(training(data_dir, decode=all_of_it))[:2]):
         image = photos.resized(whole(label), SIZE).numpy()
         mirrored.append(np.array_equal(x, image[:, ::-1]))
         assert mirrored[-1] or np.array_equal(x, image)
@@ -257,10 +251,10 @@ def test_resizing_rounds() -> None:
     ],
 )  # fmt: skip
 def test_each_photo_is_evaluated_once(
-    sound: Path, batch_size: int, shares: list[Share]
+    data_dir: Path, batch_size: int, shares: list[Share]
 ) -> None:
     x, y, w = joined(
-        [b for s in shares for b in evaluation(sound, batch_size, s)]
+        [b for s in shares for b in evaluation(data_dir, batch_size, s)]
     )
     steps = -(-VALIDATION // batch_size)
     assert len(w) == steps * batch_size
@@ -277,18 +271,18 @@ def test_each_photo_is_evaluated_once(
         assert np.array_equal(image, photos.resized(centre, SIZE))
 
 
-def test_evaluations_repeat(sound: Path) -> None:
-    once, again = evaluation(sound, 4), evaluation(sound, 4, times=2)
+def test_evaluations_repeat(data_dir: Path) -> None:
+    once, again = evaluation(data_dir, 4), evaluation(data_dir, 4, times=2)
     assert same(once + once, again)
 
 
 def test_probe(data_dir: Path) -> None:
     ours = Photos(str(data_dir), SIZE)
     x, y = ours.probe(4)
-    assert y.tolist() == [500, 501, 503, 504]
+    assert y.tolist() == [500, 501, 502, 503]
     by_label = {b: a for a, b in zip(*joined(evaluation(data_dir, 5))[:2])}
     assert all(np.array_equal(a, by_label[b]) for a, b in zip(x, y))
-    assert len(ours.probe(99)[0]) == VALIDATION - 1
+    assert len(ours.probe(99)[0]) == VALIDATION
 
 
 def test_hold_out(data_dir: Path) -> None:
@@ -302,28 +296,44 @@ def test_hold_out(data_dir: Path) -> None:
 # Photos that do not decode.
 
 
-def test_a_damaged_photo_keeps_its_place(
-    data_dir: Path, sound: Path, capsys: Any
+def test_damaged_photos_end_the_run_with_their_names(
+    tmp_path: Path, capfd: Any
 ) -> None:
-    ours = Photos(str(data_dir), SIZE)
-    batches = [
-        *ours.training(Share(), BATCH, STEPS, 0, 0, 4).as_numpy_iterator()
-    ]
-    batches += evaluation(data_dir, 5)
-    ours.probe(9)
-    assert ours.skipped == set(DAMAGED)
-    lines = capsys.readouterr().err.splitlines()
-    for name in DAMAGED:  # by ours; the second evaluation is of another one
-        assert f"photo {name} does not decode; skipped" in lines
-    assert lines.count(f"photo {DAMAGED[0]} does not decode; skipped") == 1
-    others = training(sound, epochs=4) + evaluation(sound, 5)
-    (x, y, w), (wanted, labels, _) = joined(batches), joined(others)
-    assert np.array_equal(y, labels)
-    lost = np.isin(y, [3, 502])
-    assert np.array_equal(w == 0, lost)
-    assert lost.sum() > 2
-    assert not x[lost].any()
-    assert np.array_equal(x[~lost], wanted[~lost])
+    photo_folder.write(tmp_path, TRAINING, VALIDATION, 3, DAMAGED)
+    ours = Photos(str(tmp_path), SIZE)
+    for batches in (
+        ours.training(Share(), BATCH, STEPS, 0, 0, 1),
+        ours.validation(Share(), 5, 2).take(2),
+    ):
+        with pytest.raises(UserError) as wrong, ours.reading():
+            list(batches)
+        message = str(wrong.value)
+        assert message.startswith(str(ours._info.data_dir))
+        assert f"do not decode: {', '.join(DAMAGED)}. " in message
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("torn", "says"),
+    [(False, "do not decode: train_3.JPEG, valid"), (True, "truncated record")],
+)
+def test_inside_a_run(
+    torn: bool, says: str, tmp_path: Path, capfd: Any
+) -> None:
+    damaged = () if torn else DAMAGED
+    photo_folder.write(tmp_path, TRAINING, VALIDATION, damaged=damaged)
+    if torn:
+        records = next(tmp_path.rglob("*-train.tfrecord*"))
+        records.write_bytes(records.read_bytes()[:-100])
+    arguments = "--dataset=imagenet2012 --model=imagenet_1 --image_size=32"
+    arguments += f" --batch_size=5 --epochs=1 --data_dir={tmp_path}"
+    arguments += f" --runs_dir={tmp_path / 'runs'}"
+    assert main.run(["main.py", *arguments.split()]) == 1
+    *of_libjpeg, line = capfd.readouterr().err.splitlines()
+    assert len(of_libjpeg) <= 1
+    assert line.startswith(f"main.py: {tmp_path}")
+    assert says in line
+    assert "go on with --resume" in line
 
 
 # Folders that do not do.

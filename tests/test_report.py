@@ -338,7 +338,6 @@ YOUNGER = {
     "replicas": 1,
     "workers": 1,
     "training_images": 1257,
-    "skipped_images": [],
 }
 
 

@@ -174,7 +174,6 @@ class Run:
         self.recorded["training_images"] = self.source.training_images
         self.recorded["workers"] = self.placement.workers
         checkpoint.check_data(self.folder, self.progress, self.recorded)
-        self.source.skipped.update(self.progress.skipped)
         steps = self.source.training_images // config.batch_size
         self.steps_per_epoch = steps - steps % config.steps_per_execution
         if not self.steps_per_epoch:
@@ -322,7 +321,6 @@ class Run:
                 monitor=monitor,
                 minutes=self.config.checkpoint_minutes,
                 keep=self.config.keep_checkpoints,
-                skipped=self.source.skipped,
                 terminated=lambda: self.termination.asked,
                 agree=self.placement.agree,
                 writes=self.placement.chief,
@@ -379,7 +377,6 @@ class Run:
 
     def _result(self, tests: dict[str, float]) -> dict[str, Any]:
         """What `result.json` holds."""
-        skipped = self.placement.gather(sorted(self.source.skipped))
         last = self.progress.rows[-1]
         return {
             **self.recorded,
@@ -390,7 +387,6 @@ class Run:
             "examples_per_second": round(self.progress.examples_per_second, 1),
             "steps_per_epoch": self.steps_per_epoch,
             "replicas": self.placement.replicas,
-            "skipped_images": sorted(set().union(*skipped)),
             "parameters": models.parameters(self.model),
             "versions": startup.versions(
                 "keras_fa", "keras", self.config.backend
@@ -483,8 +479,6 @@ def report(folder: Path, result: dict) -> None:
         f"{result['validation_error']:.2f} % after {result['epochs']} epochs, "
         f"{result['seconds']:.0f} s."
     )
-    if result.get("skipped_images"):
-        print(f"{len(result['skipped_images'])} images did not decode.")
     print(f"Run folder: {folder}")
     if startup.installed("tensorboard"):
         print(f"Curves: tensorboard --logdir {folder.parent}")

@@ -170,7 +170,6 @@ class Arrays:
 
     Attributes:
         training_images, validation_images: How many there are.
-        skipped: The names of the images that could not be read: none.
     """
 
     def __init__(self, splits: Splits, classes: int | None = None) -> None:
@@ -178,7 +177,6 @@ class Arrays:
         self._classes = classes
         self.training_images = len(splits.train.labels)
         self.validation_images = len(splits.validation.labels)
-        self.skipped: set[str] = set()
 
     @property
     def test_images(self) -> int:

@@ -8,13 +8,13 @@ run sees what an uninterrupted one would have seen.
 
 TensorFlow Datasets has re-encoded ImageNet's few PNG and CMYK files since
 version 3.0.0: all photos of version 5 are RGB or grey JPEGs. One that is not,
-or that is damaged, keeps its place in the batch as zeros of weight 0.
+or that is damaged, ends the run with its name: an error rate is that of all
+photos, or none.
 """
 
 import contextlib
 import os
 import re
-import sys
 from collections.abc import Callable
 from collections.abc import Iterator
 
@@ -30,7 +30,6 @@ CLASSES = 1000
 SHUFFLE_BUFFER = 8192
 CROP_AREA = 0.08
 FILES_AT_ONCE = 16
-BATCHES_AT_ONCE = 2
 PREPARE = (
     "ImageNet cannot be downloaded automatically: get "
     "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from "
@@ -77,7 +76,6 @@ class Photos:
         training_images: Photos to train on.
         validation_images: Photos to evaluate on.
         test_images: 0: the labels of ImageNet's are not public.
-        skipped: The names of the photos met so far that did not decode.
 
     Raises:
         UserError: If the folder does not hold all of ImageNet in a form that
@@ -97,7 +95,6 @@ class Photos:
         self._one_hot = one_hot
         self._crop_area = crop_area
         self.test_images = 0
-        self.skipped: set[str] = set()
         photos = self._info.splits["train"].num_examples
         held = max(photos // 100, 1) if hold_out else 0
         self.training_images = photos - held
@@ -139,8 +136,8 @@ class Photos:
 
         Returns:
             Batches of one replica: images `(b, size, size, 3)` uint8, labels,
-            weights `(b,)` float32: 1, or 0 for a photo that does not decode.
-            They are ordered by step, then by replica.
+            weights `(b,)` float32 of 1. They are ordered by step, then by
+            replica.
 
         Raises:
             UserError: If there are fewer photos than an epoch needs.
@@ -209,8 +206,7 @@ class Photos:
             one evaluation each photo comes once in one process. What fills
             the last batches are zeros of weight 0. Photos weigh as much more
             than 1 as brings the sum to that of full batches, so that the mean
-            of Keras's losses over the batches is the mean over the photos;
-            one that does not decode counts in it as a loss of 0.
+            of Keras's losses over the batches is the mean over the photos.
         """
         each = batch_size // share.replicas
         split, *whole = self._validation
@@ -218,7 +214,7 @@ class Photos:
         weight = steps * batch_size / self.validation_images
         black = tf.io.encode_jpeg(tf.zeros((1, 1, 3), tf.uint8))
         filling = (
-            tf.data.Dataset.from_tensors((0, black, self._label(0), "", 0.0))
+            tf.data.Dataset.from_tensors((0, black, self._label(0), 0.0))
             .map(lambda number, *rest: (tf.cast(number, tf.int64), *rest))
             .repeat(steps * each * share.count - (stop - start))
         )
@@ -235,7 +231,7 @@ class Photos:
         return self._batches(photos.repeat(), each, pixels)
 
     def probe(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first validation photos that decode.
+        """The first validation photos.
 
         Args:
             n: How many; all, if there are fewer.
@@ -246,13 +242,8 @@ class Photos:
         size = min(n, self.validation_images)
         steps = -(-self.validation_images // size)
         batches = self.validation(Share(), size, steps)
-        images, labels = [], []
-        for x, y, w in batches.take(steps).as_numpy_iterator():
-            images.extend(x[w > 0])
-            labels.extend(y[w > 0])
-            if len(images) >= n:
-                break
-        return np.stack(images[:n]), np.stack(labels[:n])
+        images, labels, _ = next(batches.as_numpy_iterator())
+        return images, labels
 
     def _records(
         self, split: str, start: int, stop: int, epoch: tf.Tensor | None = None
@@ -288,15 +279,18 @@ class Photos:
             deterministic=True,
         )
 
+    def _example(self, record: tf.Tensor) -> dict[str, tf.Tensor]:
+        """A serialized photo, not decoded."""
+        return self._info.features.deserialize_example(
+            record, decoders={"image": tfds.decode.SkipDecoding()}
+        )
+
     def _parsed(self, weight: float) -> Callable[..., tuple]:
-        """Number, JPEG, label, name and weight of a serialized photo."""
+        """Number, JPEG, label and weight of a serialized photo."""
 
         def parse(number: tf.Tensor, record: tf.Tensor) -> tuple:
-            photo = self._info.features.deserialize_example(
-                record, decoders={"image": tfds.decode.SkipDecoding()}
-            )
-            label, name = self._label(photo["label"]), photo["file_name"]
-            return number, photo["image"], label, name, weight
+            photo = self._example(record)
+            return number, photo["image"], self._label(photo["label"]), weight
 
         return parse
 
@@ -311,87 +305,77 @@ class Photos:
         batch_size: int,
         pixels: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
     ) -> tf.data.Dataset:
-        """Photos in batches; one that does not decode is blank.
-
-        A dataset can leave out what fails, but not put something in its
-        place. So a batch that came out short is decoded again, with a dataset
-        around each photo that goes on with a blank one where it is left out.
-        Around every photo these datasets would take about a third of the time.
-        """
-
-        def decoded(number, photo, label, name, weight):
-            return pixels(number, photo), label, weight
-
-        def blank(number, photo, label, name, weight):
-            name = tf.numpy_function(
-                self._skip, [name], tf.string, stateful=True
-            )
-            with tf.control_dependencies([name]):
-                image = tf.zeros((self._size, self._size, 3), tf.uint8)
-            return image, label, tf.zeros_like(weight)
-
-        def one(*photo: tf.Tensor) -> tf.data.Dataset:
-            photo = tf.data.Dataset.from_tensors(photo)
-            image = photo.map(decoded).ignore_errors()
-            return image.concatenate(photo.map(blank)).take(1)
-
-        def batch(*photos: tf.Tensor) -> tf.data.Dataset:
-            photos = tf.data.Dataset.from_tensor_slices(photos)
-            images = photos.map(
-                decoded, os.cpu_count(), deterministic=True
-            ).ignore_errors()
-            return (
-                images.batch(batch_size, drop_remainder=True)
-                .concatenate(
-                    photos.flat_map(one).batch(batch_size, drop_remainder=True)
-                )
-                .take(1)
-            )
-
+        """Photos in batches."""
         options = tf.data.Options()
         options.deterministic = True
         options.experimental_distribute.auto_shard_policy = (
             tf.data.experimental.AutoShardPolicy.OFF  # a Share is one already
         )
         return (
-            photos.batch(batch_size, drop_remainder=True)
-            .interleave(
-                batch,
-                cycle_length=BATCHES_AT_ONCE,
-                block_length=1,
-                num_parallel_calls=BATCHES_AT_ONCE,
-                deterministic=True,
+            photos.map(
+                lambda number, photo, label, weight: (
+                    pixels(number, photo),
+                    label,
+                    weight,
+                ),
+                tf.data.AUTOTUNE,
             )
+            .batch(batch_size, drop_remainder=True)
             .prefetch(tf.data.AUTOTUNE)
             .with_options(options)
         )
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """A scope in which a file that cannot be read is an error of one line.
+        """A scope in which what cannot be read is an error of one line.
 
         Raises:
-            UserError: If there is one.
+            UserError: If there is a file that cannot be read, or a photo that
+                does not decode.
         """
         try:
             yield
         except tf.errors.OpError as error:
+            # Between two tellings of where in the graph it came up.
+            reason = error.message.split("[[")[0].strip().splitlines()[-1]
             here = str(self._info.data_dir) in error.message
-            if not here and not isinstance(error, tf.errors.DataLossError):
+            if "JPEG" in reason:
+                what = f"these photos do not decode: {self._undecodable()}"
+            elif here or isinstance(error, tf.errors.DataLossError):
+                what = f"a file cannot be read ({reason})"
+            else:
                 raise
             raise UserError(
-                f"{self._info.data_dir}: a file cannot be read "
-                f"({error.message.splitlines()[0]}). Get it again, or prepare "
-                f"{NAME} again, and go on with --resume. {PREPARE}"
+                f"{self._info.data_dir}: {what}. Get the files again, or "
+                f"prepare {NAME} again, and go on with --resume. {PREPARE}"
             ) from error
 
-    def _skip(self, name: bytes) -> bytes:
-        """Notes, and says once, that a photo does not decode."""
-        shown = name.decode()
-        if shown not in self.skipped:
-            self.skipped.add(shown)
-            print(f"photo {shown} does not decode; skipped", file=sys.stderr)
-        return name
+    def _undecodable(self) -> str:
+        """The names of the photos that do not decode, of all there are.
+
+        What failed tells no name, and telling one would cost each step.
+        """
+        print("A photo does not decode; all are looked at for their names.")
+        lost: list[str] = []
+        for split in ("train", "validation"):
+            photos = self._records(
+                split, 0, self._info.splits[split].num_examples
+            ).map(self._example, tf.data.AUTOTUNE)
+            decoded = photos.map(
+                lambda photo: {
+                    "file_name": photo["file_name"],
+                    "size": tf.size(tf.io.decode_jpeg(photo["image"], 3)),
+                },
+                tf.data.AUTOTUNE,
+            ).ignore_errors()
+            names, sound = (
+                {photo["file_name"].decode() for photo in some}
+                for some in map(
+                    tf.data.Dataset.as_numpy_iterator, (photos, decoded)
+                )
+            )
+            lost += sorted(names - sound)
+        return ", ".join(lost)
 
 
 # What becomes of a photo.

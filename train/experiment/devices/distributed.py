@@ -124,11 +124,6 @@ class Distributed(OneDevice):
             raise UserError(f"Worker 0 refused the run: {said['refused']}")
         return said["found"]
 
-    def gather(self, found: Any) -> list[Any]:
-        if self.workers == 1:
-            return [found]
-        return [self._said(worker, found) for worker in range(self.workers)]
-
     def agree(self, wish: bool) -> bool:
         if self.workers == 1:
             return wish

@@ -80,10 +80,6 @@ class OneDevice:
         """
         return find()
 
-    def gather(self, found: Any) -> list[Any]:
-        """What each worker, at the same point, has; it is made of JSON."""
-        return [found]
-
     def agree(self, wish: bool) -> bool:
         """Whether any of the workers, at the same point, has the wish."""
         return wish

@@ -118,7 +118,6 @@ def _read(checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
         Partial(**saved["partial"]),
         saved["random_state"],
         lengths=begun.get("lengths", [begun["epochs"]]),
-        skipped=saved.get("skipped", []),
         training_images=begun.get("training_images"),
         workers=begun.get("workers"),
         checkpoint=checkpoint,

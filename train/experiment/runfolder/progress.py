@@ -37,7 +37,6 @@ class Progress:
         result: What `result.json` holds, if the run is finished.
         lengths: The values of --epochs that the learning rate was scheduled
             for so far, one after the other.
-        skipped: The names of the images that could not be read.
         training_images: How many there were, if there is a checkpoint.
         workers: How many processes trained, if there is one.
         checkpoint: The newest whole one, if there is one.
@@ -49,7 +48,6 @@ class Progress:
     random_state: list[list[int]] = dataclasses.field(default_factory=list)
     result: dict[str, Any] | None = None
     lengths: list[int] = dataclasses.field(default_factory=list)
-    skipped: list[str] = dataclasses.field(default_factory=list)
     training_images: int | None = None
     workers: int | None = None
     checkpoint: Path | None = None

@@ -9,7 +9,6 @@ import os
 import time
 import zipfile
 from collections.abc import Callable
-from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,7 +111,6 @@ class RunWriter(keras.callbacks.Callback):
         monitor: the `AlignmentMonitor` whose values become columns, or None.
         minutes: between two checkpoints inside an epoch; 0: there are none.
         keep: number of checkpoints that are kept, at least 1.
-        skipped: names of the images that could not be read so far.
         terminated: whether the program was asked to end.
         agree: what several workers make of a question that each answers for
             itself; all of them ask at the same steps.
@@ -135,7 +133,6 @@ class RunWriter(keras.callbacks.Callback):
         monitor: Any = None,
         minutes: float = 0.0,
         keep: int = 1,
-        skipped: Collection[str] = (),
         terminated: Callable[[], bool] = lambda: False,
         agree: Callable[[bool], bool] = bool,
         writes: bool = True,
@@ -149,7 +146,6 @@ class RunWriter(keras.callbacks.Callback):
         self.monitor = monitor
         self.minutes = minutes
         self.keep = keep
-        self.skipped = skipped
         self.terminated = terminated
         self.agree = agree
         self.writes = writes
@@ -274,7 +270,6 @@ class RunWriter(keras.callbacks.Callback):
             "settings": self.settings,
             "rows": self.progress.rows,
             "partial": dataclasses.asdict(self.progress.partial),
-            "skipped": sorted(self.skipped),
             "random_state": [
                 array.tolist() for array in values(random_state(self.model))
             ],
