@@ -10,6 +10,9 @@ import pytest
 from experiment import commandline
 from experiment import model as models
 from experiment import settings
+from experiment.datasets import DATASETS
+from experiment.networks import NETWORKS
+from experiment.table import cells
 from keras_fa.layers.feedback import feedback_layers
 
 
@@ -52,3 +55,50 @@ def test_signs_by_unit(method):
 def test_methods_without_signs_by_unit(method, tmp_path, capfd):
     errors = refusal(f"--fixed_signs=unit --method={method}", tmp_path, capfd)
     assert "--method=fa_usf_init_ei|bp_ei" in errors
+
+
+# Augmentation.
+
+
+@pytest.mark.parametrize(
+    ("dataset", "network", "words"),
+    [
+        ("digits", "digits", "none"),
+        ("cifar10", "cifar10_1", "24x24 crops, mirrored"),
+        ("cifar10", "cifar10_2", "mirrored"),
+        ("cifar10", "resnet20", "32x32 crops of images padded by 4, mirrored"),
+        ("imagenet2012", "resnet18", "random windows, mirrored"),
+    ],
+)
+def test_augmentation_in_words(dataset, network, words):
+    """As the layers at the front of the model do it."""
+    dataset, network = DATASETS[dataset], NETWORKS[network]
+    assert dataset.augmentation(network.input_shape, network.pad) == words
+    layers = {
+        layer.name
+        for layer in dataset.preprocessing(network.input_shape, network.pad)
+    }
+    if not dataset.streamed:
+        assert ("shift" in layers) == ("crops" in words)
+        assert ("flip" in layers) == ("mirrored" in words)
+
+
+def test_augmentation_is_recorded(tmp_path):
+    arguments = ["--method=bp", "--epochs=1", f"--runs_dir={tmp_path}"]
+    assert main.run(["main.py", *arguments]) == 0
+    folder = tmp_path / "digits-digits-bp-s0"
+    found = cells.read(folder)
+    assert (
+        found.result["augmentation"] == found.recipe["augmentation"] == "none"
+    )
+
+    # Runs that differ in it are not averaged; one that does not say it is.
+    def run(seed, **changes):
+        result = {**found.result, "seed": seed, **changes}
+        return cells.Run(folder, result, found.history)
+
+    other = run(1, augmentation="mirrored")
+    older = run(2)
+    del older.result["augmentation"]
+    assert "differ in augmentation" in cells.not_comparable([found, other])
+    assert not cells.not_comparable([found, older])

@@ -21,6 +21,7 @@ from experiment.devices.one import Share
 from experiment.errors import Diverged
 from experiment.errors import Stopped
 from experiment.errors import UserError
+from experiment.networks import NETWORKS
 from experiment.runfolder import checkpoint
 from experiment.runfolder import lock
 from experiment.runfolder import writer
@@ -173,6 +174,10 @@ class Run:
         self.source = DATASETS[config.dataset].open(config)
         self.recorded["training_images"] = self.source.training_images
         self.recorded["workers"] = self.placement.workers
+        network = NETWORKS[config.model]
+        self.recorded["augmentation"] = DATASETS[config.dataset].augmentation(
+            network.input_shape, network.pad
+        )
         checkpoint.check_data(self.folder, self.progress, self.recorded)
         steps = self.source.training_images // config.batch_size
         self.steps_per_epoch = steps - steps % config.steps_per_execution

@@ -70,6 +70,18 @@ class Dataset(NamedTuple):
             self.image_shape, input_shape, self.scaling, pad, self.mirror
         )
 
+    def augmentation(
+        self, input_shape: tuple[int, int, int], pad: int = 0
+    ) -> str:
+        """What is done to its images in training, in words; as above."""
+        if self.streamed:
+            return "random windows, mirrored"
+        words = []
+        if pad or input_shape != self.image_shape:
+            padded = f" of images padded by {pad}" if pad else ""
+            words.append("{}x{} crops".format(*input_shape) + padded)
+        return ", ".join(words + ["mirrored"] * self.mirror) or "none"
+
 
 def _in_memory(load: Callable[..., Splits], **about: Any) -> Dataset:
     """The entry of a data set that fits into memory.

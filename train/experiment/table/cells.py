@@ -19,9 +19,15 @@ from experiment.table.published import Task
 from keras_fa.methods import METHODS
 
 # What decides what is learned besides the settings.
-FACTS = ("training_images", "steps_per_epoch", "parameters", "lengths")
+FACTS = (
+    "training_images",
+    "augmentation",
+    "steps_per_epoch",
+    "parameters",
+    "lengths",
+)
 # What the first runs do not say.
-UNSAID = ("training_images",)
+UNSAID = ("training_images", "augmentation")
 
 Curve = dict[int, list[float]]  # epoch, from 1, to a value for each seed
 
