@@ -22,8 +22,9 @@ from experiment.errors import UserError
 
 # Flags of its own: those of train/main.py have the same names.
 FLAGS = flags.FlagValues()
+define = commandline.definers(FLAGS)
 
-flags.DEFINE_enum(
+define.enum(
     "dataset",
     None,
     [
@@ -32,26 +33,20 @@ flags.DEFINE_enum(
         if name != "digits" and not dataset.streamed
     ],
     "Data set to export (digits needs no file, imagenet2012 is too large).",
-    flag_values=FLAGS,
 )
-flags.DEFINE_string(
-    "to",
-    None,
-    "Folder to write <dataset>.npz to; made where it is not there.",
-    flag_values=FLAGS,
+define.string(
+    "to", None, "Folder to write <dataset>.npz to; made where it is not there."
 )
-flags.DEFINE_string(
+define.string(
     "data_dir",
     None,
     "Folder of TensorFlow Datasets; its own default where not given "
     "($TFDS_DATA_DIR or ~/tensorflow_datasets).",
-    flag_values=FLAGS,
 )
-flags.DEFINE_bool(
+define.bool(
     "download",
     False,
     "Whether to fetch a data set that --data_dir does not hold.",
-    flag_values=FLAGS,
 )
 
 

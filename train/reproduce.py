@@ -32,16 +32,14 @@ from experiment.table import sweep
 
 FLAGS = flags.FlagValues()
 columns.define_flags(FLAGS)
-flags.DEFINE_integer(
-    "seeds", 3, "Runs of a cell.", lower_bound=1, flag_values=FLAGS
-)
-flags.DEFINE_float(
+define = commandline.definers(FLAGS)
+define.integer("seeds", 3, "Runs of a cell.", lower_bound=1)
+define.float(
     "hours",
     None,
     "Time to work, above 0. No run is begun that would not be finished by "
     "then, as long as the epochs of its kind have taken; what is left is named "
     "at the end. By default until all is done.",
-    flag_values=FLAGS,
 )
 flags.register_validator(
     "hours",
@@ -49,12 +47,11 @@ flags.register_validator(
     "it must be a finite number above 0",
     flag_values=FLAGS,
 )
-flags.DEFINE_string(
+define.string(
     "finished",
     None,
     "Folder of runs, such as train/results/mnist. What is finished there is "
     "not run again, while this program works in --runs_dir.",
-    flag_values=FLAGS,
 )
 
 

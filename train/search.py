@@ -31,32 +31,25 @@ from experiment.table.grid import Grid
 
 FLAGS = flags.FlagValues()
 columns.define_flags(FLAGS)
-flags.DEFINE_multi_string(
+define = commandline.definers(FLAGS)
+define.multi_string(
     "point",
     ["--kernel_scale=1", "--kernel_scale=0.1"],
     "A point of the grid: flags of main.py, separated by spaces. May be given "
     "several times. (Steps of adam do not depend on the scale of B_0 or of "
     "DFA's maps; they do on that of DenseFA's maps.)",
-    flag_values=FLAGS,
 )
-flags.DEFINE_string(
+define.string(
     "runs_dir",
     "runs/search",
     "Folder for the runs, with a folder for each point of the grid.",
-    flag_values=FLAGS,
 )
-flags.DEFINE_bool(
-    "write",
-    False,
-    "Whether to write the flag files of the cells.",
-    flag_values=FLAGS,
-)
-flags.DEFINE_bool(
+define.bool("write", False, "Whether to write the flag files of the cells.")
+define.bool(
     "search",
     True,
     "Whether to search. --nosearch writes the flag files that are missing, "
     "with the recipe that all cells of the column share.",
-    flag_values=FLAGS,
 )
 
 

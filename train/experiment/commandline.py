@@ -1,11 +1,13 @@
 """Flags, flagfiles, and how a program ends: with one line where it fails."""
 
 import difflib
+import functools
 import re
 import sys
 from collections.abc import Callable
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 from absl import flags
 from absl import logging
@@ -46,6 +48,27 @@ def find_flagfiles(argv: list[str]) -> list[str]:
             ) from wrong
         found.append(f"--flagfile={path}")
     return found
+
+
+def definers(values: flags.FlagValues) -> SimpleNamespace:
+    """What defines flags of a program: `integer`, `bool`, `list` and so on."""
+    kinds = (
+        "bool",
+        "enum",
+        "float",
+        "integer",
+        "list",
+        "multi_string",
+        "string",
+    )
+    return SimpleNamespace(
+        **{
+            kind: functools.partial(
+                getattr(flags, f"DEFINE_{kind}"), flag_values=values
+            )
+            for kind in kinds
+        }
+    )
 
 
 def parse(

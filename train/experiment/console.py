@@ -1,5 +1,6 @@
 """What a run says of itself while it trains."""
 
+import dataclasses
 import sys
 import time
 
@@ -19,6 +20,7 @@ def in_words(seconds: float) -> str:
     return f"about {hours} h {minutes} min" if hours else f"about {minutes} min"
 
 
+@dataclasses.dataclass(eq=False)
 class Console(keras.callbacks.Callback):
     """Says how far a run is, and how long it will take.
 
@@ -31,10 +33,11 @@ class Console(keras.callbacks.Callback):
         steps: Of an epoch.
     """
 
-    def __init__(self, epochs: int, steps: int) -> None:
+    epochs: int
+    steps: int
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.epochs = epochs
-        self.steps = steps
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._epoch = epoch

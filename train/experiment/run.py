@@ -1,5 +1,6 @@
 """A run: data, model, training, report, in that order."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -64,6 +65,7 @@ def train(config: SimpleNamespace) -> None:
             raise KeyboardInterrupt from stopped
 
 
+@dataclasses.dataclass
 class Run:
     """A run on its devices, step by step: `go` has them in their order.
 
@@ -83,20 +85,15 @@ class Run:
         model: The compiled model.
     """
 
-    def __init__(
-        self,
-        config: SimpleNamespace,
-        placement: OneDevice,
-        termination: Termination,
-        stack: ExitStack,
-    ) -> None:
-        self.config = config
-        self.placement = placement
-        self.termination = termination
-        self.stack = stack
-        self.folder = run_folder(config)
+    config: SimpleNamespace
+    placement: OneDevice
+    termination: Termination
+    stack: ExitStack
+
+    def __post_init__(self) -> None:
+        self.folder = run_folder(self.config)
         self.recorded = {
-            name: getattr(config, name) for name in settings.RECORDED
+            name: getattr(self.config, name) for name in settings.RECORDED
         }
         self.progress = Progress()
 

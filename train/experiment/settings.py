@@ -16,6 +16,7 @@ from typing import Any
 import keras
 from absl import flags
 
+from experiment import commandline
 from experiment.datasets import DATASETS
 from experiment.devices import STRATEGIES
 from experiment.errors import UserError
@@ -133,18 +134,14 @@ class Setting:
         if isinstance(default, Of):
             text += f" By default {default}."
             default = None
-        if self.kind in (bool, int, float, str):
-            define = {
-                bool: flags.DEFINE_bool,
-                int: flags.DEFINE_integer,
-                float: flags.DEFINE_float,
-                str: flags.DEFINE_string,
-            }[self.kind]
-            define(self.name, default, text, flag_values=values)
-        else:
-            flags.DEFINE_enum(
-                self.name, default, list(self.kind), text, flag_values=values
+        define = commandline.definers(values)
+        if isinstance(self.kind, type):
+            kind = {int: "integer", str: "string"}.get(
+                self.kind, self.kind.__name__
             )
+            getattr(define, kind)(self.name, default, text)
+        else:
+            define.enum(self.name, default, list(self.kind), text)
         if self.bounds:
             flags.register_validator(
                 self.name,

@@ -6,6 +6,7 @@ device, on any backend, and a saved model takes raw images.
 """
 
 import contextlib
+import dataclasses
 import functools
 from contextlib import AbstractContextManager
 from typing import Any
@@ -32,6 +33,7 @@ class Splits(NamedTuple):
     test: Split
 
 
+@dataclasses.dataclass(eq=False)
 class TrainingBatches(keras.utils.PyDataset):
     """The raw batches of all epochs, one after the other.
 
@@ -50,25 +52,17 @@ class TrainingBatches(keras.utils.PyDataset):
             step. Default: all images of a step are one batch.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        *,
-        batch_size: int,
-        steps_per_epoch: int,
-        seed: int,
-        first_step: int,
-        epochs: int,
-        share: Share = Share(),
-    ) -> None:
+    split: Split
+    batch_size: int
+    steps_per_epoch: int
+    seed: int
+    first_step: int
+    epochs: int
+    share: Share = Share()
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.split = split
-        self.batch_size = batch_size // share.replicas
-        self.steps_per_epoch = steps_per_epoch
-        self.seed = seed
-        self.first_step = first_step
-        self.epochs = epochs
-        self.share = share
+        self.batch_size //= self.share.replicas
         self._order = functools.lru_cache(maxsize=1)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> np.ndarray:

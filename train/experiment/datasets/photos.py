@@ -36,6 +36,7 @@ PREPARE = (
     "https://image-net.org/download-images and prepare them with 'tfds build "
     f"{NAME} --manual_dir=FOLDER_OF_BOTH --data_dir=DATA_DIR'."
 )
+AGAIN = f"Delete the folder and prepare {NAME} again, as tfrecord. {PREPARE}"
 
 # A JPEG and `[y, x, height, width]` to the pixels of that window.
 Decode = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
@@ -466,34 +467,27 @@ def find(data_dir: str | None) -> tfds.core.DatasetBuilder:
     """
     if data_dir is None:
         data_dir = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    root = tfds.core.Path(data_dir).expanduser()
-    if not root.is_dir():
-        raise UserError(
-            f"--data_dir={data_dir}: no such folder. Give the one that holds "
-            f"{NAME} as TensorFlow Datasets wrote it. {PREPARE}"
-        )
-    home = root / NAME
+    home = tfds.core.Path(data_dir).expanduser() / NAME
     there = sorted(f.name for f in home.iterdir()) if home.is_dir() else []
     versions = [name for name in there if re.fullmatch(r"\d+\.\d+\.\d+", name)]
     fitting = [name for name in versions if name.startswith("5.")]
     halves = [name for name in there if ".incomplete" in name]
-    if not fitting and halves:
-        raise UserError(
-            f"{home / halves[0]}: half prepared. Delete it and prepare {NAME} "
-            f"again. {PREPARE}"
-        )
-    if not fitting and versions:
-        raise UserError(
-            f"{home}: holds version {', '.join(versions)}, and 5.0.0 or a "
-            f"later 5 is needed. Prepare that one. {PREPARE}"
-        )
-    if not fitting:
-        raise UserError(
-            f"--data_dir={data_dir}: holds no {NAME}. Give the folder that "
-            f"does. {PREPARE}"
-        )
-    folder = home / max(fitting, key=lambda name: [*map(int, name.split("."))])
-    return opened(folder)
+    if fitting:
+        newest = max(fitting, key=lambda name: [*map(int, name.split("."))])
+        return opened(home / newest)
+    if not home.parent.is_dir():
+        found = "no such folder"
+    elif halves:
+        found = f"{NAME}/{halves[0]}: half prepared, and to be deleted"
+    elif versions:
+        found = f"holds version {', '.join(versions)}, and 5.0.0 or later 5 is"
+        found += " needed"
+    else:
+        found = f"holds no {NAME}"
+    raise UserError(
+        f"--data_dir={data_dir}: {found}. Give the folder that holds {NAME} as "
+        f"TensorFlow Datasets wrote it. {PREPARE}"
+    )
 
 
 def opened(folder: tfds.core.Path) -> tfds.core.DatasetBuilder:
@@ -505,9 +499,9 @@ def opened(folder: tfds.core.Path) -> tfds.core.DatasetBuilder:
     Raises:
         UserError: If something is missing, or is not as it should be.
     """
-    again = f"Delete the folder and prepare {NAME} again. {PREPARE}"
     there = {file.name for file in folder.iterdir()}
     missing = {"dataset_info.json", "features.json"} - there
+    found = ""
     if not missing:
         try:
             builder = tfds.builder_from_directory(folder)
@@ -515,38 +509,31 @@ def opened(folder: tfds.core.Path) -> tfds.core.DatasetBuilder:
             reason = (str(error).strip() or type(error).__name__).splitlines()
             raise UserError(
                 f"{folder}: TensorFlow Datasets cannot read what it is "
-                f"({type(error).__name__}: {reason[0]}). {again}"
+                f"({type(error).__name__}: {reason[0]}). {AGAIN}"
             ) from error
         splits, features = builder.info.splits, builder.info.features
         kind = builder.info.file_format
         if kind != tfds.core.FileFormat.TFRECORD:
-            raise UserError(
-                f"{folder}: its files are {kind.value}, and tfrecord is read. "
-                f"Prepare it with --file_format=tfrecord. {PREPARE}"
-            )
-        if not {"train", "validation"} <= set(splits):
-            raise UserError(
-                f"{folder}: has the splits {', '.join(splits) or 'none'}, and "
-                f"train and validation are needed. {again}"
-            )
-        if not (
+            found = f"its files are {kind.value}, and tfrecord is read"
+        elif not {"train", "validation"} <= set(splits):
+            found = f"has the splits {', '.join(splits) or 'none'}, and train "
+            found += "and validation are needed"
+        elif not (
             {"image", "label", "file_name"} <= set(features)
             and features["image"].np_dtype == np.uint8
             and getattr(features["label"], "num_classes", 0) == CLASSES
         ):
-            raise UserError(
-                f"{folder}: its photos have {', '.join(features)}, and image, "
-                f"label (of {CLASSES} classes) and file_name are needed. "
-                f"{again}"
-            )
-        missing = {
-            name
-            for s in ("train", "validation")
-            for name in splits[s].filenames
-        } - there
+            found = f"its photos have {', '.join(features)}, and image, label "
+            found += f"(of {CLASSES} classes) and file_name are needed"
+        else:
+            missing = {
+                name
+                for s in ("train", "validation")
+                for name in splits[s].filenames
+            } - there
     if missing:
-        raise UserError(
-            f"{folder}: half prepared: {len(missing)} of its files are not "
-            f"there, such as {min(missing)}. {again}"
-        )
+        found = f"half prepared: {len(missing)} of its files are not there, "
+        found += f"such as {min(missing)}"
+    if found:
+        raise UserError(f"{folder}: {found}. {AGAIN}")
     return builder

@@ -97,25 +97,20 @@ def cluster(text: str | None) -> tuple[int, list[str]]:
         raise UserError(
             f"TF_CONFIG={text!r} is not JSON ({error}). {form}"
         ) from error
-    try:
-        workers, task = found["cluster"]["worker"], found["task"]
-        index = task["index"]
-        fits = (
-            set(found["cluster"]) == {"worker"}
-            and task["type"] == "worker"
-            and isinstance(workers, list)
+    match found:
+        case {
+            "cluster": {"worker": [*workers], **others},
+            "task": {"type": "worker", "index": int(index)},
+        } if (
+            not others
             and all(isinstance(address, str) for address in workers)
-            and isinstance(index, int)
             and 0 <= index < len(workers)
-        )
-    except (KeyError, TypeError):
-        fits = False
-    if not fits:
-        raise UserError(
-            f"TF_CONFIG={text!r} does not describe workers and the place of "
-            f"this one among them. {form}"
-        )
-    return index, workers
+        ):
+            return index, workers
+    raise UserError(
+        f"TF_CONFIG={text!r} does not describe workers and the place of "
+        f"this one among them. {form}"
+    )
 
 
 def tpu(virtual_devices: int, tpu_name: str | None) -> Distributed:

@@ -57,20 +57,17 @@ class Distributed(OneDevice):
             compiled(model)
             model.optimizer.build(model.trainable_variables)
 
-        def make_train_function(force: bool = False) -> None:
-            if force or model.train_function is None:
-                model.train_function = self._function(
-                    model.train_step, model.steps_per_execution
-                )
+        def maker(kind: str) -> Callable[..., None]:
+            def make(force: bool = False) -> None:
+                if force or getattr(model, f"{kind}_function") is None:
+                    step = getattr(model, f"{kind}_step")
+                    made = self._function(step, model.steps_per_execution)
+                    setattr(model, f"{kind}_function", made)
 
-        def make_test_function(force: bool = False) -> None:
-            if force or model.test_function is None:
-                model.test_function = self._function(
-                    model.test_step, model.steps_per_execution
-                )
+            return make
 
-        model.make_train_function = make_train_function
-        model.make_test_function = make_test_function
+        model.make_train_function = maker("train")
+        model.make_test_function = maker("test")
         return model
 
     def _function(self, step: Callable[[Any], Any], steps: int) -> Callable:

@@ -91,6 +91,7 @@ def written_to(folder: Path, progress: Progress) -> Iterator[None]:
         ) from error
 
 
+@dataclasses.dataclass(eq=False)
 class RunWriter(keras.callbacks.Callback):
     """Writes a row of `history.csv` after each epoch, and the checkpoints.
 
@@ -123,38 +124,26 @@ class RunWriter(keras.callbacks.Callback):
             or another metric is not a finite number.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        settings: dict[str, Any],
-        progress: Progress,
-        examples_per_epoch: int,
-        metrics: Sequence[str] = ("accuracy",),
-        monitor: Any = None,
-        minutes: float = 0.0,
-        keep: int = 1,
-        terminated: Callable[[], bool] = lambda: False,
-        agree: Callable[[bool], bool] = bool,
-        writes: bool = True,
-    ):
+    folder: Path
+    settings: dict[str, Any]
+    progress: Progress
+    examples_per_epoch: int
+    metrics: Sequence[str] = ("accuracy",)
+    monitor: Any = None
+    minutes: float = 0.0
+    keep: int = 1
+    terminated: Callable[[], bool] = lambda: False
+    agree: Callable[[bool], bool] = bool
+    writes: bool = True
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.folder = folder
-        self.settings = settings
-        self.progress = progress
-        self.examples_per_epoch = examples_per_epoch
-        self.metrics = metrics
-        self.monitor = monitor
-        self.minutes = minutes
-        self.keep = keep
-        self.terminated = terminated
-        self.agree = agree
-        self.writes = writes
         self._saved_at = time.monotonic()
-        if writes and progress.checkpoint is not None:
+        if self.writes and self.progress.checkpoint is not None:
             # What is newer is damaged, and must not take a whole one's place.
-            newest = folder / "model.keras"
-            os.replace(progress.checkpoint, newest)
-            progress.checkpoint = newest
+            newest = self.folder / "model.keras"
+            os.replace(self.progress.checkpoint, newest)
+            self.progress.checkpoint = newest
         self._begin_history()  # there may be nothing left to train
 
     def on_train_begin(self, logs=None):

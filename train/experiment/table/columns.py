@@ -194,20 +194,15 @@ def fail(failed: Mapping[str, Failure]) -> None:
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags that choose cells of the table."""
-    flags.DEFINE_enum(
-        "column",
-        None,
-        list(COLUMNS),
-        "Column of the table.",
-        required=True,
-        flag_values=values,
+    define = commandline.definers(values)
+    define.enum(
+        "column", None, list(COLUMNS), "Column of the table.", required=True
     )
-    flags.DEFINE_list(
+    define.list(
         "methods",
         None,
         "Rows of the table, separated by commas. By default all of the "
         "column's.",
-        flag_values=values,
     )
 
 

@@ -58,7 +58,8 @@ def accelerator() -> str | None:
 def peak_bytes() -> int:
     """The most memory that this process has held so far."""
     if accelerator() is None:
-        # Not getrusage's: a new process starts with that of its parent there.
+        # psutil tells no peak on Linux, and getrusage's is at first that of
+        # the parent.
         status = Path("/proc/self/status").read_text().split()
         return 1024 * int(status[status.index("VmHWM:") + 1])
     if BACKEND == "tensorflow":

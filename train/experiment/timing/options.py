@@ -2,6 +2,7 @@
 
 from absl import flags
 
+from experiment import commandline
 from experiment.timing import biotorch
 from experiment.timing.trainees import DTYPE_POLICIES
 from experiment.timing.trainees import NETWORKS
@@ -11,120 +12,100 @@ PROBE_SIZE = 256
 MONITOR = f"alignment monitor, {PROBE_SIZE} images"
 
 FLAGS = flags.FlagValues()
+define = commandline.definers(FLAGS)
 
-flags.DEFINE_list(
+define.list(
     "networks",
     ["cifar10_1", "cifar10_2"],
     f"Networks, of {', '.join(NETWORKS)}.",
-    flag_values=FLAGS,
 )
 
-flags.DEFINE_list(
+define.list(
     "methods",
     list(METHODS),
     f"Methods, of {', '.join(METHODS)}. The stock model is always there; a "
     "method whose maps do not fit into memory is left out, with a line that "
     "says so.",
-    flag_values=FLAGS,
 )
 
-flags.DEFINE_list(
+define.list(
     "dtype_policies",
     ["float32", "mixed_bfloat16"],
     f"Policies, of {', '.join(DTYPE_POLICIES)}. On a CPU without bfloat16 "
     "arithmetic a convolution's gradients take some 30 times as long in it.",
-    flag_values=FLAGS,
 )
 
-flags.DEFINE_integer(
-    "batch_size", 128, "Images a step.", lower_bound=1, flag_values=FLAGS
-)
+define.integer("batch_size", 128, "Images a step.", lower_bound=1)
 
-flags.DEFINE_integer(
+define.integer(
     "steps",
     10,
     "Training steps in a block, a multiple of --steps_per_execution.",
     lower_bound=1,
-    flag_values=FLAGS,
 )
 
-flags.DEFINE_integer(
-    "rounds",
-    10,
-    "Blocks that each model trains, at least 2.",
-    lower_bound=2,
-    flag_values=FLAGS,
+define.integer(
+    "rounds", 10, "Blocks that each model trains, at least 2.", lower_bound=2
 )
 
-flags.DEFINE_integer(
+define.integer(
     "steps_per_execution",
     1,
     "Training steps per call of the compiled function.",
     lower_bound=1,
-    flag_values=FLAGS,
 )
 
-flags.DEFINE_enum(
+define.enum(
     "feedback_maps",
     "dense",
     ["dense", "convolutional"],
     "Form of the fixed maps of DFA and DenseFA.",
-    flag_values=FLAGS,
 )
 
-flags.DEFINE_bool(
+define.bool(
     "monitor",
     True,
     f"Whether to time the alignment monitor, too, on {PROBE_SIZE} images.",
-    flag_values=FLAGS,
 )
 
-flags.DEFINE_bool(
+define.bool(
     "memory",
     True,
     "Whether to measure the peak of memory: a process for each row.",
-    flag_values=FLAGS,
 )
 
-flags.DEFINE_bool(
+define.bool(
     "profile",
     False,
     "Whether to tell where the time goes: the milliseconds of each kind of "
     "operation in a step, by TensorFlow's profiler, on a CPU.",
-    flag_values=FLAGS,
 )
 
-flags.DEFINE_float(
+define.float(
     "peak_tflops",
     0.0,
     "What the accelerator can do in the dtype policy at hand, in 10^12 "
     "operations a second, to tell the share of it; 0 leaves the column out.",
     lower_bound=0.0,
-    flag_values=FLAGS,
 )
 
-flags.DEFINE_enum(
+define.enum(
     "peer",
     None,
     ["biotorch"],
     "Another implementation to time in turn with ours, on the CPU in float32. "
     f"biotorch: {biotorch.INSTALL}",
-    flag_values=FLAGS,
 )
 
-flags.DEFINE_string(
+define.string(
     "input",
     None,
     "The --data_dir of ImageNet, to measure how fast its training batches are "
     "made. To measure nothing else: --networks= with it.",
-    flag_values=FLAGS,
 )
 
-flags.DEFINE_string(
-    "out",
-    "runs/benchmark",
-    "Where to write: <out>.json and <out>.md.",
-    flag_values=FLAGS,
+define.string(
+    "out", "runs/benchmark", "Where to write: <out>.json and <out>.md."
 )
 
 for _name, _allowed in {

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import re
 import tempfile
@@ -33,6 +34,7 @@ NETWORKS: dict[str, Callable[[], keras.Model]] = {
 }
 
 
+@dataclasses.dataclass
 class Trainee:
     """A compiled model that trains block by block.
 
@@ -43,23 +45,16 @@ class Trainee:
         steps: Steps in a block.
     """
 
-    def __init__(
-        self,
-        model: keras.Model,
-        callbacks: list[keras.callbacks.Callback],
-        batch: tuple[np.ndarray, np.ndarray],
-        steps: int,
-    ) -> None:
-        self.model = model
-        self.callbacks = callbacks
-        self.data = forever(batch)
-        self.steps = steps
+    model: keras.Model
+    callbacks: list[keras.callbacks.Callback]
+    batch: tuple[np.ndarray, np.ndarray]
+    steps: int
 
     def block(self) -> float:
         """Trains a block; the seconds of one step in it."""
         timer = Timer()
         self.model.fit(
-            self.data,
+            forever(self.batch),
             epochs=1,
             steps_per_epoch=self.model.steps_per_execution + self.steps,
             callbacks=[*self.callbacks, timer],
@@ -70,21 +65,30 @@ class Trainee:
 
 
 class Timer(keras.callbacks.Callback):
-    """The time from the end of an epoch's first execution to its end."""
+    """The time from the end of the first execution to that of the last one."""
 
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        self.began = None
+    began = None
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         if self.began is None:
-            float(logs["loss"])  # waits for the device
-            self.began = time.perf_counter()
+            self._note(logs["loss"])
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        float(logs["loss"])
-        self.seconds = time.perf_counter() - self.began
+        self._note(logs["loss"])
+
+    def on_predict_batch_end(
+        self, batch: int, logs: dict | None = None
+    ) -> None:
+        self._note(logs["outputs"])
+
+    def _note(self, result: Any) -> None:
+        np.asarray(result)  # waits for the device
+        now = time.perf_counter()
+        self.began = now if self.began is None else self.began
+        self.seconds = now - self.began
 
 
+@dataclasses.dataclass
 class Predictor:
     """A model that predicts block by block.
 
@@ -94,41 +98,20 @@ class Predictor:
         steps: Batches in a block.
     """
 
-    def __init__(
-        self,
-        model: keras.Model,
-        batch: tuple[np.ndarray, np.ndarray],
-        steps: int,
-    ) -> None:
-        self.model = model
-        self.data = forever(batch)
-        self.steps = steps
+    model: keras.Model
+    batch: tuple[np.ndarray, np.ndarray]
+    steps: int
 
     def block(self) -> float:
         """Predicts a block; the seconds of one batch of it."""
-        timer = PredictionTimer()
+        timer = Timer()
         self.model.predict(
-            self.data,
+            forever(self.batch),
             steps=self.model.steps_per_execution + self.steps,
             callbacks=[timer],
             verbose=0,
         )
         return timer.seconds / self.steps
-
-
-class PredictionTimer(keras.callbacks.Callback):
-    """The time from the end of the first execution to that of the last one."""
-
-    def on_predict_begin(self, logs: dict | None = None) -> None:
-        self.began = None
-
-    def on_predict_batch_end(
-        self, batch: int, logs: dict | None = None
-    ) -> None:
-        np.asarray(logs["outputs"])  # waits for the device
-        now = time.perf_counter()
-        self.began = now if self.began is None else self.began
-        self.seconds = now - self.began
 
 
 class Monitor:
@@ -152,6 +135,7 @@ class Monitor:
         return time.perf_counter() - began
 
 
+@dataclasses.dataclass
 class Input:
     """Batches that are made and dropped.
 
@@ -160,9 +144,8 @@ class Input:
         steps: Batches in a block.
     """
 
-    def __init__(self, batches: Any, steps: int) -> None:
-        self.batches = batches
-        self.steps = steps
+    batches: Any
+    steps: int
 
     def block(self) -> float:
         """Makes a block of batches; the seconds of one of them."""
