@@ -9,7 +9,7 @@
     runfolder/     what a run writes, and how it is continued
     table/         the paper's columns, sweeps over them, cells, figures
     timing/        what the benchmark measures
-    board.py       what TensorBoard shows besides learning curves
+    board.py       what TensorBoard shows
     commandline.py, console.py, errors.py, files.py, markdown.py, startup.py
 
 It is imported before anything that imports Keras.
