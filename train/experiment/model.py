@@ -172,15 +172,20 @@ def compile_model(
         loss = keras.losses.CategoricalCrossentropy(
             from_logits=True, label_smoothing=config.label_smoothing
         )
+        first = keras.metrics.CategoricalAccuracy
         five = keras.metrics.TopKCategoricalAccuracy
     else:
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        first = keras.metrics.SparseCategoricalAccuracy
         five = keras.metrics.SparseTopKCategoricalAccuracy
-    made = {"accuracy": "accuracy", "top5_accuracy": five(name="top5_accuracy")}
+    made = {
+        "accuracy": lambda name: first(name=name),
+        "top5_accuracy": lambda name: five(k=5, name=name),
+    }
     model.compile(
         optimizer,
         loss=loss,
-        weighted_metrics=[made[name] for name in metrics_of(config)],
+        weighted_metrics=[made[name](name) for name in metrics_of(config)],
         jit_compile=config.jit_compile,
         steps_per_execution=config.steps_per_execution,
     )
