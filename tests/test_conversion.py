@@ -4,14 +4,12 @@ import copy
 import dataclasses
 import functools
 import json
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import keras
 import numpy as np
 import pytest
@@ -30,7 +28,6 @@ from keras_fa.layers.direct import SendError
 from keras_fa.layers.feedback import feedback_layers
 from keras_fa.methods import METHODS
 
-ROOT = Path(__file__).resolve().parents[1]
 CHAINED = [name for name, m in METHODS.items() if m.wiring == "chain"]
 WIRED = [name for name in METHODS if name not in CHAINED]
 # One of each sort: random state, a penalty, a callback, memory, other wirings.
@@ -148,8 +145,9 @@ MODELS = {
     "nested": (nested, VECTORS),
 }
 CASES = [(kind, method) for kind in MODELS for method in METHODS]
-# Where a model is trained and saved: each method and each model.
-FEW = [("dictionary", method) for method in METHODS] + [
+# Where a model is trained and saved: each sort of method and each model. All
+# methods are in `test_state`.
+FEW = [("dictionary", method) for method in (*SORTS, "fa_usf_init_ei")] + [
     ("functional", "bp_noise"),
     ("functional", "fa_usf_const_ei"),
     ("functional", "dense_fa"),
@@ -222,19 +220,6 @@ def all_equal(ours: list, theirs: list) -> bool:
     return len(ours) == len(theirs) and all(
         np.array_equal(a, b) for a, b in zip(ours, theirs)
     )
-
-
-def run_python(code: str, *arguments: object) -> str:
-    """Runs code in a new process; its output. It must succeed."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 # The same model ------------------------------------------------------------
@@ -424,7 +409,9 @@ def test_every_flag_is_kept_and_unfreezing_trains(
             layer.trainable = True
         each.get_layer("readout").bias.trainable = True
         before = values(each)
-        each.compile(keras.optimizers.Adam(0.1), "mse")
+        # Traced once, for the time that it takes.
+        traced = kind == "all" and each is model
+        each.compile(keras.optimizers.Adam(0.1), "mse", run_eagerly=not traced)
         each.fit(VECTORS, np.ones((4, 3)), verbose=0)
         for weight, value in zip(each.weights, before):
             if weight.trainable:
@@ -853,8 +840,10 @@ def test_saved_models_load_in_a_fresh_process(
         data[method] = np.array(model(IMAGES))
     np.savez(tmp_path / "data.npz", **data)
     imports = "import keras_fa" if ours else ""
-    out = run_python(_LOAD.format(imports=imports, ours=ours), tmp_path)
-    assert out.split() == SORTS
+    code = _LOAD.format(imports=imports, ours=ours)
+    done = forks.run("-c", code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == SORTS
 
 
 # Choices per layer ---------------------------------------------------------
@@ -1453,7 +1442,7 @@ def test_to_backprop_of_a_stock_model_is_a_copy() -> None:
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("fa_usf_const_ei", name) for name in METHODS]
+    [("fa_usf_const_ei", name) for name in ("bp", "fa_usf_init", *SORTS)]
     + [("dense_fa", "fa"), ("dense_fa", "dfa"), ("dfa", "fa_usf_sn")],
 )
 def test_converting_a_converted_model(first: str, second: str) -> None:

@@ -1,11 +1,9 @@
 """What is JAX's own: staging, state that `fit` holds, donated memory."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import backends
+import forks
 import keras
 import numpy as np
 import pytest
@@ -147,15 +145,11 @@ for kernel in (layer.kernel, layer.feedback_kernel):
 @pytest.mark.parametrize("method", ["fa", "fa_usf_sn", "fa_usf_init_ei"])
 @pytest.mark.parametrize("pattern", [".*dense.*kernel", ".*dense/kernel"])
 def test_feedback_kernels_are_sharded_as_kernels(
-    pattern: str, method: str
+    pattern: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = "--xla_force_host_platform_device_count=2"
-    done = subprocess.run(
-        [sys.executable, "-c", _SHARDED.format(pattern, method)],
-        env={**os.environ, "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-    )
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    done = forks.run("-c", _SHARDED.format(pattern, method))
     assert done.returncode == 0, done.stderr
     kernel, feedback = done.stdout.splitlines()
     assert kernel == "(None, 'model')"

@@ -2,13 +2,11 @@
 
 import copy
 import inspect
-import os
 import pickle
-import subprocess
-import sys
 from typing import Any
 
 import backends
+import forks
 import keras
 import numpy as np
 import pytest
@@ -723,15 +721,7 @@ assert type(model.layers[1]) is keras_fa.FAConv2D
 y = model(np.load("x.npy"))
 np.testing.assert_allclose(y, np.load("y.npy"), rtol=1e-5, atol=1e-6)
 """
-    root = os.path.dirname(keras_fa.__path__[0])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": root},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forks.run("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import keras
 import main
 import numpy as np
@@ -60,6 +61,12 @@ def output_of(process):
 def config_of(*arguments):
     commandline.parse(settings.FLAGS, ["main.py", *arguments])
     return settings.given()
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """The runs of sweeps are forks."""
+    monkeypatch.setattr(sweep.subprocess, "Popen", forks.Fork)
 
 
 # From end to end.
@@ -448,6 +455,7 @@ def test_kill_ends_the_run_under_way(tmp_path):
     assert not lock.is_held(folder)
 
 
+@pytest.mark.usefixtures("forked")
 def test_failed_run_is_named_and_the_others_go_on(tmp_path, capfd):
     column = ["reproduce.py", "--column=digits", "--seeds=1", "--epochs=1"]
     column += ["--methods=bp,fa", f"--runs_dir={tmp_path}"]
@@ -553,6 +561,7 @@ def test_first_seeds_come_first():
 # The search.
 
 
+@pytest.mark.usefixtures("forked")
 def test_search(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(commandline, "FLAGFILES", tmp_path)
     arguments = ["search.py", "--column=digits", "--methods=fa", "--epochs=1"]
@@ -834,7 +843,9 @@ def test_rows_that_the_paper_leaves_open_for_memory(method):
     arguments = columns.cell("cifar10_2", method)
     model = models.build(config_of(*arguments, "--feedback_maps=convolutional"))
     model.compile(
-        "adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        "adam",
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        run_eagerly=True,  # tracing takes longer than a step
     )
     kernels = [w for w in model.trainable_weights if w.name == "kernel"]
     before = [array(kernel) for kernel in kernels]
