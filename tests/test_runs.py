@@ -15,10 +15,12 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import forks
 import keras
 import main
 import numpy as np
 import pytest
+from backends import long_on_jax
 from backends import requires_tensorflow
 
 from experiment import commandline
@@ -93,6 +95,14 @@ def terminate_at(monkeypatch, event, epoch, index=None, by=signal.SIGTERM):
     monkeypatch.setattr(writer.RunWriter, event, terminated)
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """Ctrl-C's signal is not ignored, as it is in a job in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An uninterrupted run."""
@@ -140,17 +150,26 @@ def test_saving_changes_nothing(whole, tmp_path, monkeypatch):
     assert files.kept(newest) == [newest]
 
 
-def test_terminated_run_goes_on(whole, tmp_path, monkeypatch, capfd):
+MOMENTS = [
+    ("on_train_batch_end", 1, 2, "in epoch 1, after step 3"),
+    ("on_train_batch_end", 1, 4, "in epoch 1, after step 8"),
+    ("on_test_batch_end", 1, 0, "in epoch 1, after step 10"),
+]
+OTHER_MOMENTS = [
+    ("on_test_begin", 1, None, "in epoch 1, after step 10"),
+    ("on_train_batch_end", 2, 9, "in epoch 2, after step 10"),
+    ("on_epoch_end", 3, 2, "stopped; go on"),
+]
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [MOMENTS, pytest.param(OTHER_MOMENTS, marks=pytest.mark.slow)],
+    ids=["inside", "between"],
+)
+def test_terminated_run_goes_on(moments, whole, tmp_path, monkeypatch, capfd):
     folder = tmp_path / NAME
     before = signal.getsignal(signal.SIGTERM)
-    moments = [
-        ("on_train_batch_end", 1, 2, "in epoch 1, after step 3"),
-        ("on_train_batch_end", 1, 4, "in epoch 1, after step 8"),
-        ("on_test_begin", 1, None, "in epoch 1, after step 10"),
-        ("on_test_batch_end", 1, 0, "in epoch 1, after step 10"),
-        ("on_train_batch_end", 2, 9, "in epoch 2, after step 10"),
-        ("on_epoch_end", 3, 2, "stopped; go on"),
-    ]
     # By a batch system and by Ctrl-C.
     by = itertools.cycle([signal.SIGTERM, signal.SIGINT])
     for event, epoch, index, place in moments:
@@ -264,48 +283,16 @@ def test_a_look_at_a_lock_makes_no_folder(tmp_path, monkeypatch):
 
 # Killed.
 
-# Imports once, then forks for each run: nothing of TensorFlow runs before.
-SERVER = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-import main
-for line in sys.stdin:
-    pid = os.fork()
-    if not pid:
-        log = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1), os.dup2(log, 2)
-        status = main.run(["main.py", *line.split()])
-        sys.stdout.flush()
-        os._exit(status)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
 
 @pytest.fixture
 def launch(tmp_path):
-    """Starts the program in a process of its own, which may be killed.
-
-    It returns the process's id, and a function that waits for its status.
-    """
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, Path(main.__file__).parent,
-         tmp_path / "log"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-
-    def launched(*arguments):
-        print(*COMMON, *arguments, file=server.stdin, flush=True)
-        return int(server.stdout.readline()), lambda: int(
-            server.stdout.readline()
+    """Starts the program in a process of its own, which may be killed."""
+    with (tmp_path / "log").open("a") as log:
+        yield lambda *arguments: forks.Fork(
+            [sys.executable, main.__file__, *COMMON, *arguments],
+            stdout=log,
+            stderr=log,
         )
-
-    yield launched
-    server.stdin.close()
-    server.wait()
-    server.stdout.close()
 
 
 def checkpoint_of(folder):
@@ -335,10 +322,10 @@ def test_killed_at_20_moments(launch, tmp_path):
     run = ["--epochs=4", "--batch_size=64", EVERY_STEP]
     whole, killed = tmp_path / "whole" / NAME, tmp_path / "killed" / NAME
     aside = killed / "aside.model.keras"
-    assert launch(*run, f"--runs_dir={whole.parent}")[1]() == 0
+    assert launch(*run, f"--runs_dir={whole.parent}").wait() == 0
     writing = 0
     for i in range(20):
-        pid, status = launch(*run, f"--runs_dir={killed.parent}", "--resume")
+        process = launch(*run, f"--runs_dir={killed.parent}", "--resume")
         if i % 4:
             wait_for_a_checkpoint(killed)
             if i % 4 == 1:
@@ -347,20 +334,21 @@ def test_killed_at_20_moments(launch, tmp_path):
                 time.sleep(moments.uniform(0, 0.05))
         else:
             time.sleep(moments.uniform(0, 4))
-        os.kill(pid, signal.SIGKILL)
-        assert status() == -signal.SIGKILL
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
         writing += aside.exists()
     assert not (killed / "result.json").exists()
     assert writing >= 3
 
-    pid, status = launch(*run, f"--runs_dir={killed.parent}", "--resume")
+    process = launch(*run, f"--runs_dir={killed.parent}", "--resume")
     wait_for_a_checkpoint(killed)
     time.sleep(moments.uniform(0, 0.5))
-    os.kill(pid, signal.SIGTERM)
-    assert status() == 0
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait() == 0
     assert not (killed / "result.json").exists()
 
-    assert launch(*run, f"--runs_dir={killed.parent}", "--resume")[1]() == 0
+    process = launch(*run, f"--runs_dir={killed.parent}", "--resume")
+    assert process.wait() == 0
     assert "Traceback" not in (tmp_path / "log").read_text()
     assert_same(whole, killed)
     assert {path.name for path in killed.iterdir() if path.is_file()} - {
@@ -410,6 +398,7 @@ def test_checkpoint_before_a_damaged_one(how, copy, capfd):
     assert len(list(copy.glob("*.keras"))) == 2 - (how == "missing")
 
 
+@long_on_jax
 def test_run_with_a_damaged_checkpoint_loses_nothing(copy, whole):
     damage(copy / "model.keras", "cut")
     assert begin(copy.parent, "--resume", "--keep_checkpoints=9") == 0
@@ -421,6 +410,7 @@ def test_run_with_a_damaged_checkpoint_loses_nothing(copy, whole):
             assert archive.testzip() is None
 
 
+@long_on_jax
 def test_damaged_result(whole, tmp_path, capfd):
     folder = Path(shutil.copytree(whole, tmp_path / NAME))
     result = json.loads((folder / "result.json").read_text())
@@ -563,6 +553,7 @@ def assert_full(folder, errors, place):
     assert progress.place == place
 
 
+@long_on_jax
 def test_file_that_is_too_large(copy, whole, small_files, capfd):
     small_files(1_000_000)  # the checkpoint's, not the history's
     status = begin(copy.parent, "--resume")
@@ -593,7 +584,11 @@ def disk(tmp_path):
     os.close(held)
 
 
-@pytest.mark.parametrize("event", ["on_train_begin", "on_epoch_end"])
+@long_on_jax
+@pytest.mark.parametrize(
+    "event",
+    [pytest.param("on_train_begin", marks=pytest.mark.slow), "on_epoch_end"],
+)
 def test_full_disk(event, disk, left, whole, monkeypatch, capfd):
     folder = Path(shutil.copytree(left, disk / NAME))
     unpatched = getattr(writer.RunWriter, event)
