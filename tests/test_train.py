@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import export
+import forks
 import keras
 import main
 import numpy as np
@@ -31,12 +33,12 @@ from experiment import settings
 from experiment import startup
 from experiment.datasets import arrays
 from experiment.errors import UserError
-from experiment.networks import chains
 from experiment.runfolder import writer
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = {"seconds", "examples_per_second"}
 BACKEND = keras.backend.backend()
+PLAIN = ("--method=bp", "--epochs=1", "--batch_size=128")
 
 requires_tfds = pytest.mark.skipif(
     importlib.util.find_spec("tensorflow") is None
@@ -57,11 +59,25 @@ def train(tmp_path, capfd):
     return run
 
 
-def in_new_process(*command, cwd=ROOT):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run, to be read."""
+    runs_dir = tmp_path_factory.mktemp("finished")
+    assert main.run(["main.py", f"--runs_dir={runs_dir}", *PLAIN]) == 0
+    return runs_dir / "digits-digits-bp-s0"
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of it, where `train` goes on with it."""
+    return Path(shutil.copytree(finished, tmp_path / "runs" / finished.name))
+
+
+def in_new_process(*command):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        cwd=cwd,
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
@@ -148,7 +164,7 @@ def test_main_job(tmp_path):
     assert str(folder) in done.stdout
 
     # What it leaves behind loads with the package alone.
-    loaded = in_new_process(
+    loaded = forks.run(
         "-c",
         "import sys, keras, keras_fa\n"
         "model = keras.saving.load_model(sys.argv[1])\n"
@@ -263,10 +279,10 @@ def test_without_tensorboard(train, tmp_path, monkeypatch):
 
 
 def test_same_seed_same_result_in_another_process(train, tmp_path):
-    arguments = ["--epochs=2", "--method=fa_usf_sn", "--batch_size=128"]
+    arguments = ["--epochs=1", "--method=fa_usf_sn", "--batch_size=128"]
     name = "digits-digits-fa_usf_sn-s0"
     assert train(*arguments, runs_dir=tmp_path / "a")[0] == 0
-    done = in_new_process(
+    done = forks.run(
         "train/main.py", *arguments, f"--runs_dir={tmp_path / 'b'}"
     )
     assert done.returncode == 0, done.stderr
@@ -296,9 +312,13 @@ def test_same_seed_same_result_in_another_process(train, tmp_path):
 def test_resumed_run_equals_uninterrupted_one(
     method, arguments, train, tmp_path, monkeypatch
 ):
-    # All layers that draw random numbers: windows, mirroring and dropout.
+    # All layers that draw random numbers: windows, mirroring and dropout. A
+    # small network, since half precision is slow on a CPU.
     def with_dropout(x, classes):
-        return chains.digits(keras.layers.Dropout(0.3)(x), classes)
+        x = keras.layers.Dropout(0.3)(x)
+        x = keras.layers.Conv2D(4, 3, activation="relu", name="conv")(x)
+        x = keras.layers.Flatten(name="flatten")(x)
+        return keras.layers.Dense(classes, dtype="float32", name="fc")(x)
 
     monkeypatch.setitem(
         networks.NETWORKS,
@@ -309,7 +329,7 @@ def test_resumed_run_equals_uninterrupted_one(
     monkeypatch.setitem(datasets.DATASETS, "digits", dataset)
     arguments = [
         f"--method={method}",
-        "--epochs=3",
+        "--epochs=2",
         "--batch_size=128",
         *arguments,
     ]
@@ -317,14 +337,14 @@ def test_resumed_run_equals_uninterrupted_one(
     assert train(*arguments, runs_dir=tmp_path / "a")[0] == 0
 
     with monkeypatch.context() as patch:
-        interrupt_after(2, patch)
+        interrupt_after(1, patch)
         status, _, errors = train(*arguments, runs_dir=tmp_path / "b")
     assert status == 130
     assert len(errors.splitlines()) == 1
     assert not (tmp_path / "b" / name / "result.json").exists()
     status, output, _ = train(*arguments, "--resume", runs_dir=tmp_path / "b")
     assert status == 0
-    assert "2 of 3 epochs are trained" in output
+    assert "1 of 2 epochs are trained" in output
 
     assert_same(tmp_path / "a" / name, tmp_path / "b" / name)
     results = [
@@ -374,11 +394,8 @@ def test_resume_of_a_folder_without_a_checkpoint_starts(train, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "foreign"])
-def test_damaged_checkpoint(damage, train, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_after(1, patch)
-        train("--method=bp", "--epochs=2")
-    checkpoint = tmp_path / "runs" / "digits-digits-bp-s0" / "model.keras"
+def test_damaged_checkpoint(damage, train, copy):
+    checkpoint = copy / "model.keras"
     content = bytearray(checkpoint.read_bytes())
     if damage == "cut":
         checkpoint.write_bytes(content[: len(content) // 2])
@@ -389,25 +406,21 @@ def test_damaged_checkpoint(damage, train, tmp_path, monkeypatch):
         checkpoint.write_bytes(b"")
     else:
         networks.build("digits", 10).save(checkpoint)
-    status, _, errors = train("--method=bp", "--epochs=2", "--resume")
+    status, _, errors = train(*PLAIN, "--epochs=2", "--resume")
     assert status == 1
     assert len(errors.splitlines()) == 1
     assert "damaged" in errors
     assert "Delete the folder" in errors
 
 
-def test_checkpoint_of_another_network(train, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_after(1, patch)
-        train("--method=bp", "--epochs=2")
-    folder = tmp_path / "runs" / "digits-digits-bp-s0"
-    with zipfile.ZipFile(folder / "model.keras") as archive:
+def test_checkpoint_of_another_network(train, copy):
+    with zipfile.ZipFile(copy / "model.keras") as archive:
         run = archive.read("run.json")
     other = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten()])
-    other.save(folder / "model.keras")
-    with zipfile.ZipFile(folder / "model.keras", "a") as archive:
+    other.save(copy / "model.keras")
+    with zipfile.ZipFile(copy / "model.keras", "a") as archive:
         archive.writestr("run.json", run)
-    status, _, errors = train("--method=bp", "--epochs=2", "--resume")
+    status, _, errors = train(*PLAIN, "--epochs=2", "--resume")
     assert status == 1
     assert len(errors.splitlines()) == 1
     assert "does not fit" in errors
@@ -462,12 +475,11 @@ def test_flagfiles(flagfile):
         pytest.param("--jit_compile", marks=requires_tensorflow),
     ],
 )
-def test_ways_to_compute(argument, train, tmp_path):
-    common = ["--method=bp", "--epochs=1", "--batch_size=128"]
-    assert train(*common, runs_dir=tmp_path / "a")[0] == 0
-    assert train(*common, argument, runs_dir=tmp_path / "b")[0] == 0
+def test_ways_to_compute(argument, train, finished, tmp_path):
+    assert train(*PLAIN, argument)[0] == 0
     (rows, weights), (other_rows, others) = (
-        learned(tmp_path / x / "digits-digits-bp-s0") for x in ("a", "b")
+        learned(folder)
+        for folder in (finished, tmp_path / "runs" / finished.name)
     )
     assert float(rows[0]["loss"]) == pytest.approx(
         float(other_rows[0]["loss"]), rel=0.02
@@ -477,7 +489,7 @@ def test_ways_to_compute(argument, train, tmp_path):
 
 def test_steps_per_execution_change_nothing(train, tmp_path):
     """Strict normalization included, which is part of every step."""
-    common = ["--epochs=2", "--batch_size=128", "--optimizer=sgd"]
+    common = ["--epochs=1", "--batch_size=128", "--optimizer=sgd"]
     name = "digits-digits-fa_usf_sn-s0"
     assert train(*common, runs_dir=tmp_path / "a")[0] == 0
     five = "--steps_per_execution=5"
@@ -493,7 +505,7 @@ def test_mirrored_replicas_equal_one_device(train, tmp_path):
     arguments = ["--epochs=2", "--batch_size=128", "--alignment_every=1"]
     name = "digits-digits-fa_usf_sn-s0"
     assert train(*arguments, runs_dir=tmp_path / "a")[0] == 0
-    done = in_new_process(
+    done = forks.run(
         "train/main.py",
         *arguments,
         "--strategy=mirrored",
@@ -616,7 +628,7 @@ def test_bad_input(arguments, says, train, tmp_path):
 
 @requires_tensorflow
 def test_batch_that_replicas_cannot_share(tmp_path):
-    done = in_new_process(
+    done = forks.run(
         "train/main.py",
         "--strategy=mirrored",
         "--virtual_devices=3",
@@ -628,8 +640,9 @@ def test_batch_that_replicas_cannot_share(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("backend", ["numpy", "nonsense"])
-@pytest.mark.parametrize("program", ["main.py", "report.py"])
+@pytest.mark.parametrize(
+    ("backend", "program"), [("numpy", "main.py"), ("nonsense", "report.py")]
+)
 def test_other_backends(backend, program, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", backend)
     done = in_new_process(f"train/{program}")
@@ -640,11 +653,10 @@ def test_other_backends(backend, program, monkeypatch):
     )
 
 
-def test_run_of_another_backend(train, tmp_path, monkeypatch):
-    assert train("--method=bp", "--epochs=1")[0] == 0
-    resumed = config_of("--method=bp", "--epochs=2", "--resume")
+def test_run_of_another_backend(copy):
+    resumed = config_of(*PLAIN, "--epochs=2", "--resume")
     resumed.backend = "other"
-    resumed.runs_dir = tmp_path / "runs"
+    resumed.runs_dir = copy.parent
     with pytest.raises(UserError, match=f"KERAS_BACKEND={BACKEND}, not"):
         experiment_run.train(resumed)
 
