@@ -32,10 +32,14 @@ BUILDERS: dict[str, Callable] = {
 KINDS = (layers.Conv2D, layers.Dense, layers.DepthwiseConv2D)
 CASES = [
     ("VGG16", "dfa"),
-    pytest.param("MobileNetV2", "fa_usf_const_ei", marks=long_on_jax),
     *(
-        pytest.param(name, "fa_usf_sn", marks=[long_on_jax, pytest.mark.slow])
-        for name in ("ResNet50", "DenseNet121", "EfficientNetV2B0")
+        pytest.param(name, method, marks=[long_on_jax, pytest.mark.slow])
+        for name, method in (
+            ("MobileNetV2", "fa_usf_const_ei"),
+            ("ResNet50", "fa_usf_sn"),
+            ("DenseNet121", "fa_usf_sn"),
+            ("EfficientNetV2B0", "fa_usf_sn"),
+        )
     ),
 ]
 

@@ -70,7 +70,13 @@ def test_parameters(name: str) -> None:
             assert (layer.momentum, layer.epsilon) == (0.9, 1e-5)
 
 
-STEPS = [(name, "float32") for name in PARAMETERS if name != "resnet56"]
+STEPS = [
+    pytest.param(
+        name, "float32", marks=[pytest.mark.slow] * (name == "resnet50")
+    )
+    for name in PARAMETERS
+    if name != "resnet56"
+]
 
 
 @pytest.mark.parametrize(

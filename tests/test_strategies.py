@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import keras
 import main
 import numpy as np
@@ -273,14 +274,19 @@ def ended(processes):
     return [(p.returncode, *s) for p, s in zip(processes, said)]
 
 
-def test_two_workers_equal_one_device(alone, tmp_path):
+@pytest.mark.parametrize(
+    "methods",
+    [METHODS[:1], pytest.param(METHODS[1:], marks=pytest.mark.slow)],
+    ids=",".join,
+)
+def test_two_workers_equal_one_device(methods, alone, tmp_path):
     chief, other = ended(
-        start_workers(tmp_path, *(f"--method={method}" for method in METHODS))
+        start_workers(tmp_path, *(f"--method={method}" for method in methods))
     )
     assert chief[0] == other[0] == 0, (chief[2], other[2])
     assert "Test error" in chief[1]
     assert "Test error" not in other[1]
-    for method in METHODS:
+    for method in methods:
         assert_close(
             folder_of(tmp_path / "0", method), folder_of(alone, method)
         )
@@ -445,18 +451,12 @@ def test_tpu_is_resolved_by_its_name(strategy, monkeypatch):
 
 @pytest.mark.parametrize("name", ["local", "grpc://localhost:1"])
 def test_no_tpu(name, tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            main.__file__,
-            "--dataset=imagenet2012",
-            "--strategy=tpu",
-            f"--tpu={name}",
-            f"--runs_dir={tmp_path / 'runs'}",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
+    done = forks.run(
+        main.__file__,
+        "--dataset=imagenet2012",
+        "--strategy=tpu",
+        f"--tpu={name}",
+        f"--runs_dir={tmp_path / 'runs'}",
     )
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
