@@ -42,6 +42,9 @@ CASES = {
 DRAWING = ("bp_noise", "brsf")  # at every step
 # Those whose step is compared: of each sort one, and both forms of maps.
 STEPPED = (
+    "kolen_pollack",
+    "information_alignment",
+    "pfa",
     "bp_noise",
     "bp_alignment",
     "fa_usf_init_ei",
