@@ -167,9 +167,7 @@ def send_error(
     # Tensors, in plain lists: variables and lists of Keras's hold layers.
     learned = None
     if learn is not None:
-        learned = learning_weights(
-            lambda: list(map(keras.ops.convert_to_tensor, maps))
-        )
+        learned = learning_weights(lambda: maps)
         source = backend.after(learned.used, source)
     maps, carry = list(map(keras.ops.stop_gradient, maps)), list(carry)
 

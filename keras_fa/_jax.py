@@ -63,7 +63,7 @@ def custom_gradient(
 
 def read_apart(make: Callable[[], list[jax.Array]]) -> tuple[list, list]:
     """What `make` returns, for use and for its gradient."""
-    made = make()
+    made = list(map(keras.ops.convert_to_tensor, make()))
     return made, made
 
 

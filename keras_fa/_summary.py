@@ -81,7 +81,7 @@ def _feedback_of(
                 [_in_words(path.rule), *map(_name, path.fixed.constraints)]
             )
             + _learned(layer),
-            path.stored,
+            list(path.stored.values()),
         )
         for path in layer.feedback_paths
     ]

@@ -78,8 +78,11 @@ def custom_gradient(
 
 def read_apart(make: Callable[[], list[tf.Tensor]]) -> tuple[list, list]:
     """What `make` returns, for use and for its gradient: see `after`."""
-    made = make()
-    return made, make() if tf.inside_function() else made
+    # A tf.Variable that is returned as it is has not been read yet.
+    made = list(map(tf.convert_to_tensor, make()))
+    if not tf.inside_function():
+        return made, made
+    return made, list(map(tf.convert_to_tensor, make()))
 
 
 def after(made: list[tf.Tensor], x: tf.Tensor) -> tf.Tensor:

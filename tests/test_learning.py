@@ -488,6 +488,80 @@ def test_learned_feedback_survives_and_goes(method: str) -> None:
     )
 
 
+def optimized(function: object) -> list:
+    """The nodes of a concrete function, as TensorFlow's optimizer leaves it."""
+    from tensorflow.core.protobuf import config_pb2
+    from tensorflow.core.protobuf import meta_graph_pb2
+    from tensorflow.python.grappler import tf_optimizer
+
+    graph = function.graph
+    meta = meta_graph_pb2.MetaGraphDef()
+    meta.graph_def.CopyFrom(graph.as_graph_def())
+    ends = [z.op.name for z in graph.outputs]
+    ends += [operation.name for operation in graph.control_outputs]
+    meta.collection_def["train_op"].node_list.value.extend(ends)
+    config = config_pb2.ConfigProto()
+    config.graph_options.rewrite_options.min_graph_nodes = -1
+    return tf_optimizer.OptimizeGraph(config, meta).node
+
+
+@backends.requires_tensorflow
+@pytest.mark.parametrize("method", [*LEARNED, "direct_kolen_pollack"])
+def test_a_compiled_step_reads_feedback_before_it_is_written(
+    method: str,
+) -> None:
+    """Each read of a trained variable is on the way to its write."""
+    import tensorflow as tf
+
+    stock = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(5, activation="tanh"),
+            layers.Dense(4, activation="tanh"),
+            layers.Dense(3),
+        ]
+    )
+    model = convert(stock, method)
+    optimizer = keras.optimizers.SGD(0.5)
+    optimizer.build(model.trainable_variables)
+
+    @tf.function
+    def step(x: tf.Tensor, y: tf.Tensor) -> None:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
+            loss += sum(model.losses)
+        variables = model.trainable_variables
+        optimizer.apply(tape.gradient(loss, variables), variables)
+
+    function = step.get_concrete_function(
+        tf.TensorSpec((8, 6)), tf.TensorSpec((8, 3))
+    )
+    nodes = {node.name: node for node in optimized(function)}
+    inputs = {
+        name: {given.lstrip("^").split(":")[0] for given in node.input}
+        for name, node in nodes.items()
+    }
+
+    def before(name: str) -> set[str]:
+        found, left = set(), [name]
+        while left:
+            new = inputs[left.pop()] - found
+            found |= new
+            left += new
+        return found
+
+    writes = [name for name, n in nodes.items() if n.op.startswith("Assign")]
+    assert len(writes) >= len(model.trainable_variables)
+    for write in writes:
+        (resource,) = (i for i in nodes[write].input[:1])
+        reads = [
+            name
+            for name, node in nodes.items()
+            if node.op == "ReadVariableOp" and resource in node.input
+        ]
+        assert set(reads) <= before(write), nodes[write]
+
+
 def test_a_frozen_layer_learns_no_feedback() -> None:
     model = two_layers(feedback_learning="kolen_pollack")
     model.get_layer("conv").trainable = False

@@ -327,14 +327,14 @@ class ProductFeedback(FeedbackConstraint):
             shape=(width, kernel.shape[-1]),
             initializer=mixing,
             autocast=False,
-            name="mixing",
+            name=f"{kernel.name}_mixing",
         )
         self.projection = add_weight(
             shape=(*kernel.shape[:-1], width),
             initializer=projection,
             trainable=True,
             autocast=False,
-            name="projection",
+            name=f"{kernel.name}_projection",
         )
 
     def __call__(self, feedback_kernel: Tensor, kernel: Tensor) -> Tensor:

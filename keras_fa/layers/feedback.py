@@ -62,7 +62,7 @@ class FeedbackPath:
     Attributes:
         kernel: The forward kernel.
         feedback_kernel: The stored weight; `None` where nothing is stored.
-        stored: That one, if there is one, and the weights that the rule added.
+        stored: That one, if there is one, and the rule's variables, by name.
         rule: The rule.
         learning: What moves the stored weight; `None` where nothing does.
         fixed: What the kernel's constraint remembers of it.
@@ -134,10 +134,11 @@ class FeedbackPath:
 
         self.rule.build(kernel, add_weight)
         self.attributes |= _kept_by(self.rule, made)
-        kernels = (
-            [self.feedback_kernel] if self.feedback_kernel is not None else []
-        )
-        self.stored = [*kernels, *made]
+        self.stored = {
+            key: value
+            for key, value in self.attributes.items()
+            if isinstance(value, keras.Variable)
+        }
         if self.learning is not None:
             self._check_learning(made)
         units = layer.presynaptic_units(name, kernel.shape)
@@ -551,11 +552,11 @@ class FeedbackLayer:
         return _one_or_all(path.feedback_kernel for path in self.feedback_paths)
 
     def stored_feedback(self) -> dict[str, keras.Variable]:
-        """The stored feedback kernels, by the names of their kernels."""
+        """What is stored of feedback, by the kernel's name and its own."""
         return {
-            name: path.feedback_kernel
+            f"{name}_{key}": variable
             for name, path in zip(self.kernel_names, self.feedback_paths)
-            if path.feedback_kernel is not None
+            for key, variable in path.stored.items()
         }
 
     def effective_feedback_kernel(self) -> Tensor | tuple:
