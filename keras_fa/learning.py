@@ -84,6 +84,11 @@ class Local:
         """The pre-activation `op(x, W)`, without bias."""
         return self.op(self.kernel)
 
+    @functools.cached_property
+    def image(self) -> Tensor:
+        """`op(x, B)`."""
+        return self.op(self.feedback_kernel)
+
     def decay(self) -> Tensor:
         """`|B|^2 / 2`."""
         return 0.5 * _square(self.feedback_kernel)
@@ -94,11 +99,11 @@ class Local:
 
     def amp(self) -> Tensor:
         """`-<y, op(x, B)>`."""
-        return -_product(self.y, self.op(self.feedback_kernel))
+        return -_product(self.y, self.image)
 
     def sparse(self) -> Tensor:
         """`|op(x, B)|^2 / 2`."""
-        return 0.5 * _square(self.op(self.feedback_kernel))
+        return 0.5 * _square(self.image)
 
     def null(self) -> Tensor:
         """`|op^T(y, B)|^2 / 2`."""

@@ -20,6 +20,7 @@ from keras import ops
 
 import keras_fa
 from keras_fa import constraints
+from keras_fa.methods import METHODS
 
 SEED = 7
 
@@ -441,6 +442,13 @@ def error_for(layer: Any, x: np.ndarray) -> np.ndarray:
     """An error at the output of a layer."""
     with keras.StatelessScope(initialize_variables=False):  # noise stays
         return normal(layer(x).shape, seed=5)
+
+
+def loss_of(method: str) -> Any:
+    """A loss that a method takes: a name, or a cross-entropy."""
+    if METHODS[method].direct_signal == "error":
+        return "mse"
+    return keras.losses.CategoricalCrossentropy(from_logits=True)
 
 
 def floats(tensor: Any) -> np.ndarray:

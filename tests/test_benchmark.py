@@ -41,6 +41,12 @@ STORED = {
     "frozen": 0,
     "dfa": 4 * 10 * (8 * 8 * 32 + 8 * 8 * 64 + 128),
 }
+STORED |= dict.fromkeys(("drtp", "direct_kolen_pollack"), STORED["dfa"])
+STORED |= {
+    name: 4 * WEIGHTS
+    for name, method in METHODS.items()
+    if method.feedback_learning is not None and name != "pfa"
+}
 TINY = "--networks=digits --batch_size=4 --rounds=3 --steps=2".split()
 
 
@@ -337,8 +343,10 @@ def test_the_peer_trains(mode: str) -> None:
 
 
 def test_all_methods_have_known_bytes() -> None:
-    # The generator's state and DenseFA's maps are others' to test.
-    assert set(METHODS) - set(STORED) == {"bp_noise", "brsf", "dense_fa"}
+    # The generator's state, DenseFA's maps and PFA's R and M are others' to
+    # test.
+    others = {"bp_noise", "brsf", "dense_fa", "pfa"}
+    assert set(METHODS) - set(STORED) == others
 
 
 @pytest.mark.slow

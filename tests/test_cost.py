@@ -15,8 +15,12 @@ from keras_fa.methods import METHODS
 
 CONVOLUTIONS, DENSE = 2, 3
 KERNELS = CONVOLUTIONS + DENSE
+# What they learn from takes products of its own.
+LEARNING = {"activation_alignment": 3, "information_alignment": 5, "pfa": 3}
 CHAINED = [
-    name for name in METHODS if name not in ("dfa", "dense_fa", "frozen")
+    name
+    for name, method in METHODS.items()
+    if method.wiring == "chain" and name not in ("frozen", *LEARNING)
 ]
 
 
@@ -134,18 +138,41 @@ def test_chained_feedback_needs_no_more_than_backpropagation(method):
     assert counted(convert(network(), method), method) == BACKPROPAGATION
 
 
+@pytest.mark.parametrize("method", LEARNING)
+def test_learning_adds_products_for_each_kernel(method):
+    counts = counted(convert(network(), method), method)
+    more = LEARNING[method]
+    if method == "pfa":  # of matrices, whatever the layer
+        assert counts == BACKPROPAGATION + Counter(matmul=more * KERNELS)
+    else:
+        of_kernels = Counter(conv=more * CONVOLUTIONS, matmul=more * DENSE)
+        assert counts == BACKPROPAGATION + of_kernels
+
+
 def test_frozen_kernels_have_no_gradients():
     hidden = Counter(conv=CONVOLUTIONS, matmul=DENSE - 1)
     frozen = counted(convert(network(), "frozen"), "frozen")
     assert frozen == BACKPROPAGATION - hidden
 
 
-@pytest.mark.parametrize("form", ["dense", "convolutional"])
-def test_dfa_has_no_chained_input_gradients(form):
-    # Each hidden layer's error is one product with e.
-    wanted = Counter(conv=2 * CONVOLUTIONS, matmul=2 * DENSE + KERNELS - 1)
-    model = convert(network(), "dfa", feedback_maps=form)
-    assert counted(model, "dfa") == wanted
+@pytest.mark.parametrize(
+    ("method", "form"),
+    [
+        ("dfa", "dense"),
+        ("dfa", "convolutional"),
+        ("drtp", "dense"),
+        ("direct_kolen_pollack", "dense"),
+    ],
+)
+def test_dfa_has_no_chained_input_gradients(method, form):
+    # Each hidden layer's error is one product with e, what its map learns is
+    # another one.
+    products = 2 if method == "direct_kolen_pollack" else 1
+    wanted = Counter(
+        conv=2 * CONVOLUTIONS, matmul=2 * DENSE + products * (KERNELS - 1)
+    )
+    model = convert(network(), method, feedback_maps=form)
+    assert counted(model, method) == wanted
 
 
 @pytest.mark.parametrize("form", ["dense", "convolutional"])

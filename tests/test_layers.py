@@ -686,6 +686,7 @@ def test_signature_is_that_of_stock_with_feedback(kind: str) -> None:
         "feedback_initializer",
         "feedback_regularizer",
         "feedback_constraint",
+        "feedback_learning",
     ]
     expected = [p for p in stock if p not in refused]
     assert [p for p in ours if p not in family] == expected

@@ -64,14 +64,11 @@ def trained(method: str, steps: int = 12) -> tuple[np.ndarray, layers.Layer]:
     )
     model = convert(stock, method)
     start = np.array(model.get_layer("hidden").kernel)
-    targets, loss = X[:, :4] ** 2, "mse"
-    if METHODS[method].direct_signal == "target":
-        targets = np.eye(4)[X[:, :4].argmax(1)]
-        loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+    loss = references.loss_of(method)
     model.compile(keras.optimizers.Adam(0.05), loss, run_eagerly=True)
     model.fit(
         X,
-        targets,
+        X[:, :4] ** 2,
         epochs=steps,
         verbose=0,
         callbacks=METHODS[method].callbacks(),

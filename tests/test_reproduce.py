@@ -819,7 +819,7 @@ def test_recipe_is_kept(tmp_path, capfd):
 def test_methods_that_draw_feedback():
     drawing = {name for name, method in METHODS.items() if models.draws(method)}
     assert drawing == {
-        "fa", "fa_usf_init", "fa_usf_init_ei", "dfa", "dense_fa"
+        "fa", "fa_usf_init", "fa_usf_init_ei", "dfa", "dense_fa", "drtp"
     }  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def test_what_is_no_longer_used_is_freed(method: str) -> None:
             ]
         )
         model = convert(stock, method)
-        model.compile("sgd", "mse")
+        model.compile("sgd", references.loss_of(method))
         x, y = references.normal((8, 6, 6, 2), 1), references.normal((8, 2), 2)
         model.fit(x, y, verbose=0, callbacks=METHODS[method].callbacks())
         model(x)

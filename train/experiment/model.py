@@ -93,6 +93,8 @@ def parameters(model: keras.Model) -> int:
 def draws(method: Method) -> bool:
     """Whether errors are sent through feedback that is random and fixed."""
     fixed = isinstance(method.feedback_constraint, SignConcordance)
+    if method.feedback_learning is not None or method.map_learning is not None:
+        return False
     return (
         method.wiring != "chain"
         or (fixed and not method.feedback_constraint.strict)
