@@ -28,7 +28,6 @@ from keras_fa.layers.feedback import all_layers
 from keras_fa.layers.feedback import all_variables
 from keras_fa.layers.feedback import feedback_layers
 from keras_fa.learning import Local
-from keras_fa.learning import WeightMirror
 
 
 class StrictNormalization(keras.callbacks.Callback):
@@ -192,11 +191,13 @@ def refuse_averages(model: keras.Model) -> None:
 class MirrorPhase(keras.callbacks.Callback):
     """Weight mirror: B learns of noise between the batches of training.
 
-    After every `every` batches, each layer with a `WeightMirror` is sent
-    `batches` batches of Gaussian noise of its own, and after each of them its
-    B moves by `-rate` times the gradient that `WeightMirror` states. W and all
-    else stay as they are. Under `steps_per_execution` Keras tells callbacks of
-    the last batch of an execution, and that counts as one.
+    After every `every` updates of the optimizer, counted on from epoch to
+    epoch, each layer whose `feedback_learning` is a `WeightMirror`, or another
+    one that is not `in_step`, is sent `batches` batches of Gaussian noise of
+    its own, and after each of them its B moves by `-rate` times the gradient of
+    that one's `loss`. W and all else stay as they are. Under
+    `steps_per_execution` Keras tells callbacks of the last batch of an
+    execution alone: there is one phase after it if any was due.
 
     The noise depends on `seed` and the optimizer's number of iterations, so
     that a resumed training goes on as it would have.
@@ -266,16 +267,22 @@ class MirrorPhase(keras.callbacks.Callback):
         self.seed = seed
         self._generator = keras.random.SeedGenerator(seed)
         self._step = None
+        self._of = None
+        self._updates = 0
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         self._step = None  # layers may have come or gone
+        self._updates = self._iterations()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        if (batch + 1) % self.every == 0:
-            if hasattr(self.model, "jax_state_sync"):
-                self.model.jax_state_sync()
-            iterations = self.model.optimizer.iterations
-            self.mirror(self.model, int(ops.convert_to_numpy(iterations)))
+        if hasattr(self.model, "jax_state_sync"):
+            self.model.jax_state_sync()
+        before, self._updates = self._updates, self._iterations()
+        if self._updates // self.every > before // self.every:
+            self.mirror(self.model, self._updates)
+
+    def _iterations(self) -> int:
+        return int(ops.convert_to_numpy(self.model.optimizer.iterations))
 
     def mirror(self, model: keras.layers.Layer, step: int) -> None:
         """One mirror phase.
@@ -284,11 +291,13 @@ class MirrorPhase(keras.callbacks.Callback):
             model: A built model or layer.
             step: What tells the phases apart: each draws other noise.
         """
-        if self._step is None:
+        if self._step is None or self._of is not model:
+            self._of = model
             self._layers = [
                 layer
                 for layer in feedback_layers(model)
-                if isinstance(layer.feedback_learning, WeightMirror)
+                if layer.feedback_learning is not None
+                and not layer.feedback_learning.in_step
             ]
             self._reads = [*all_variables(model), self._generator.state]
             self._step = _gradients.backend.compiled(self._moved, self._reads)

@@ -394,6 +394,60 @@ def test_the_phase_goes_with_fit_and_with_a_resumed_one() -> None:
     assert not np.allclose(trained(1), whole)
 
 
+@pytest.mark.parametrize(
+    ("every", "at_once", "accumulated", "wanted"),
+    [
+        (4, 1, None, [4, 8, 12]),  # counted on from epoch to epoch
+        (20, 1, None, []),
+        (2, 3, None, [3, 6, 9, 12]),
+        (4, 3, None, [6, 9, 12]),
+        (1, 1, 3, [1, 2, 3, 4]),  # each with noise of its own
+    ],
+)
+def test_the_phase_comes_after_so_many_updates(
+    every: int, at_once: int, accumulated: int | None, wanted: list
+) -> None:
+    steps = []
+
+    class Phase(MirrorPhase):
+        def mirror(self, model: keras.Model, step: int) -> None:
+            steps.append(step)
+
+    model = two_layers(feedback_learning="weight_mirror")
+    optimizer = keras.optimizers.SGD(
+        0.1, gradient_accumulation_steps=accumulated
+    )
+    model.compile(optimizer, "mse", steps_per_execution=at_once)
+    x, y = X[:24], Y[:24]
+    phase = Phase(every=every)
+    model.fit(x, y, batch_size=4, epochs=2, verbose=0, callbacks=[phase])
+    assert steps == wanted
+
+
+def test_a_phase_moves_the_model_that_it_is_given() -> None:
+    phase = MirrorPhase()
+    for _ in range(2):
+        layer = FADense(3, feedback_learning="weight_mirror")
+        model = keras.Sequential([keras.Input((5,)), layer])
+        before = array(layer.feedback_kernel)
+        phase.mirror(model, 0)
+        assert not np.allclose(layer.feedback_kernel, before)
+
+
+def test_a_phase_moves_what_another_rule_leaves_to_it() -> None:
+    class Drawn(learning.FeedbackLearning):
+        in_step = False
+
+        def loss(self, local: learning.Local) -> object:
+            return local.decay() + local.concordance()
+
+    layer = FADense(3, feedback_learning=Drawn())
+    model = keras.Sequential([keras.Input((5,)), layer])
+    w, b = array(layer.kernel), array(layer.feedback_kernel)
+    MirrorPhase(rate=0.1).mirror(model, 0)
+    assert_close(array(layer.feedback_kernel), b + 0.1 * (w - b))
+
+
 def test_the_phase_on_two_replicas(strategy: object) -> None:
     def trained() -> keras.Model:
         keras.utils.set_random_seed(1)
