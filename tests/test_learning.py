@@ -512,6 +512,15 @@ def test_product_feedback_starts_with_the_norm_of_w() -> None:
 # --- What holds for all ------------------------------------------------------
 
 
+def test_product_feedback_that_learns_of_nothing_stays() -> None:
+    layer = FADense(3, feedback_constraint="product_feedback")
+    model = keras.Sequential([keras.Input((5,)), FADense(4), layer])
+    before = array(layer.effective_feedback_kernel())
+    model.compile(keras.optimizers.SGD(0.1, weight_decay=0.1), "mse")
+    model.fit(normal((8, 5), 1), np.ones((8, 3)), verbose=0)
+    assert_close(array(layer.effective_feedback_kernel()), before)
+
+
 @pytest.mark.parametrize("method", LEARNED)
 def test_learned_feedback_survives_and_goes(method: str) -> None:
     stock = keras.Sequential(

@@ -271,7 +271,8 @@ class ProductFeedback(FeedbackConstraint):
     through R, which has W's shape but for that axis. With
     `feedback_learning="kolen_pollack"` B receives dW, and so R, by the chain
     rule, `dW M^T`: the local product of x and `M dy`. Since `M^T M` is nearly
-    the identity for a wide M, B follows W without being told of W.
+    the identity for a wide M, B follows W without being told of W. Without
+    `feedback_learning` R stays as it was drawn.
 
     At the start the weights of M have variance `1 / width`, those of R the
     mean square of W_0's, so that `||B_0||` is about `||W_0||`.

@@ -127,6 +127,7 @@ class FeedbackPath:
         def add_weight(
             trainable: bool = False, **kwargs: object
         ) -> keras.Variable:
+            trainable = trainable and learns
             if not trainable:
                 kwargs = {"aggregation": "only_first_replica", **kwargs}
             made.append(layer.add_weight(trainable=trainable, **kwargs))
