@@ -414,7 +414,8 @@ def get(identifier: Identifier) -> FeedbackLearning | None:
     def stock(given: object) -> object:
         if isinstance(given, dict):
             return keras.saving.deserialize_keras_object(given)
-        return given() if inspect.isclass(given) else given
+        ours = inspect.isclass(given) and issubclass(given, FeedbackLearning)
+        return given() if ours else given
 
     learning = resolve(identifier, _OURS, stock)
     if not isinstance(learning, FeedbackLearning | None):

@@ -820,6 +820,8 @@ def test_drtp_takes_the_target_from_the_loss() -> None:
     assert signal(cross) == "softmax_target"
     cross = keras.losses.BinaryCrossentropy(from_logits=True)
     assert signal(cross) == "sigmoid_target"
+    assert signal(["binary_crossentropy"]) == "sigmoid_target"
+    assert signal({"readout": "binary_crossentropy"}) == "sigmoid_target"
     with pytest.raises(ValueError, match="target of a cross-entropy"):
         signal("mse")
     model = direct_model("drtp")
@@ -852,3 +854,24 @@ def test_direct_methods_are_saved(method: str, tmp_path: object) -> None:
         each.train_on_batch(x, y)
     for got, wanted in zip(other.weights, model.weights):
         assert_close(array(got), array(wanted))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [keras.losses.CategoricalCrossentropy, keras.losses.BinaryCrossentropy],
+)
+def test_drtp_refuses_label_smoothing(loss: type) -> None:
+    model = direct_model("drtp", "softmax")
+    model.compile("sgd", loss(label_smoothing=0.1))
+    with pytest.raises(ValueError, match="label_smoothing"):
+        model.fit(
+            np.ones((2, *model.input_shape[1:])),
+            np.eye(model.output_shape[-1])[:2],
+            callbacks=METHODS["drtp"].callbacks(),
+            verbose=0,
+        )
+
+
+def test_a_class_that_is_no_rule_is_refused() -> None:
+    with pytest.raises(ValueError, match="Unknown feedback learning"):
+        FADense(3, feedback_learning=layers.Dense)

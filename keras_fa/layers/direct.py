@@ -355,9 +355,18 @@ def target_signal(loss: Identifier | keras.losses.Loss) -> str:
 
     Raises:
         ValueError: If it is neither the categorical nor the binary
-            cross-entropy.
+            cross-entropy, or has label smoothing.
     """
+    if isinstance(loss, list | tuple | dict) and len(loss) == 1:
+        (loss,) = keras.tree.flatten(loss)  # of the only output
     resolved = keras.losses.get(loss)
+    if smoothing := getattr(resolved, "label_smoothing", 0):
+        raise ValueError(
+            "DRTP tells targets by the sign of the error, which takes targets "
+            f"of 0 and 1. Received: a loss with label_smoothing={smoothing}. "
+            "Leave it out, or convert to 'dfa', which sends the error of any "
+            "loss."
+        )
     name = getattr(resolved, "__name__", type(resolved).__name__)
     plain = name.lower().replace("_", "")
     if plain in ("categoricalcrossentropy", "sparsecategoricalcrossentropy"):
