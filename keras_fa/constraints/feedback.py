@@ -55,7 +55,8 @@ class FeedbackConstraint(keras.constraints.Constraint):
         Args:
             kernel: The forward kernel, built.
             add_weight: As `keras.layers.Layer.add_weight`. The weights are
-                not trainable unless it is told so.
+                not trainable unless it is told so and the layer has a
+                `feedback_learning`, whose gradient of B goes on to them.
         """
 
 
