@@ -634,7 +634,7 @@ def _findings(
             f"{row.sign_agreement:.1f} % of B have the sign of W; under {rule} "
             "all have."
         )
-    if stored is not None and stored.trainable:
+    if path.moves:
         if before is not None and np.array_equal(before, stored):
             yield "B is trained, and is what it was at the start."
         elif before is None and row.angle > 80:

@@ -507,8 +507,7 @@ class AlignmentMonitor(keras.callbacks.Callback):
         self._before = {
             name: np.array(path.feedback_kernel)
             for name, path in named_paths(self.model).items()
-            if path.feedback_kernel is not None
-            and path.feedback_kernel.trainable
+            if path.moves
         }
         self._last = self.start = _flat(self._measure(*self.probe))
         self.columns = list(self.start)

@@ -17,6 +17,7 @@ from keras_fa.alignment import diagnose
 from keras_fa.alignment import effective_rank
 from keras_fa.alignment import gradient_angle
 from keras_fa.callbacks import AlignmentMonitor
+from keras_fa.callbacks import MirrorPhase
 from keras_fa.constraints import FeedbackConstraint
 from keras_fa.constraints import FixedSign
 from keras_fa.constraints import SignConcordance
@@ -424,3 +425,18 @@ def test_under_two_replicas(strategy) -> None:
     monitor = AlignmentMonitor(probe=(X, Y))
     model.fit(X, Y, batch_size=16, verbose=0, callbacks=[monitor])
     assert found(monitor.diagnose()) == {}
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_mirror_without_its_phase(mirrored: bool) -> None:
+    stock = keras.Sequential(
+        [keras.Input((5,)), layers.Dense(6, "tanh"), layers.Dense(4, "softmax")]
+    )
+    model = convert(stock, "weight_mirror")
+    model.compile("sgd", LOSS)
+    x = RNG.normal(size=(32, 5)).astype("float32")
+    monitor = AlignmentMonitor((x, Y))
+    phases = [MirrorPhase()] if mirrored else []
+    model.fit(x, Y, verbose=0, callbacks=[monitor, *phases])
+    found = str(monitor.diagnose().findings)
+    assert (WORDS["still"] in found) is not mirrored

@@ -161,6 +161,14 @@ def test_without_decay_it_says_that_nothing_aligns() -> None:
     layer = FADense(3, feedback_learning="kolen_pollack")
     with pytest.warns(UserWarning, match="Give the optimizer a weight_decay"):
         layer.build((None, 5))
+    # A kernel's regularizer is B's where B is stored as it is, and not R's.
+    given = {"feedback_learning": "kolen_pollack", "kernel_regularizer": "l2"}
+    rule = "product_feedback"
+    with pytest.warns(UserWarning, match="a weight_decay; else"):
+        FADense(3, feedback_constraint=rule, **given).build((None, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FADense(3, **given).build((None, 5))
 
 
 # --- Kunin's losses ----------------------------------------------------------

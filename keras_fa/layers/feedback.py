@@ -166,10 +166,13 @@ class FeedbackPath:
             )
         decays = stored is not None and stored.regularizer is not None
         if learning.decays_as_kernel and not decays:
+            # A kernel's regularizer is not that of a rule's own weights.
+            or_else = ", or the layers a kernel_regularizer"
             warnings.warn(
                 f"{type(learning).__name__} aligns B with W only where both "
-                "decay. Give the optimizer a weight_decay, or the layers a "
-                "kernel_regularizer; else W - B stays as it is.",
+                "decay. Give the optimizer a weight_decay"
+                f"{'' if stored is None else or_else}; else W - B stays as it "
+                "is.",
                 stacklevel=5,
             )
 
@@ -199,6 +202,14 @@ class FeedbackPath:
     def tied(self) -> bool:
         """Whether the error takes the forward kernel itself."""
         return isinstance(self.rule, constraints.TiedKernel)
+
+    @property
+    def moves(self) -> bool:
+        """Whether training is to move the stored feedback kernel."""
+        if self.feedback_kernel is None:
+            return False
+        mirrored = self.learning is not None and not self.learning.in_step
+        return self.feedback_kernel.trainable or mirrored
 
     @property
     def full_dtype(self) -> str:
