@@ -15,8 +15,14 @@ from keras_fa.methods import METHODS
 
 CONVOLUTIONS, DENSE = 2, 3
 KERNELS = CONVOLUTIONS + DENSE
-# What they learn from takes products of its own.
-LEARNING = {"activation_alignment": 3, "information_alignment": 5, "pfa": 3}
+# What they learn from takes products of its own. XLA finds that y is there
+# already; B of the lowest kernel, which carries no error, and the B that the
+# gradient goes to are left out by it, too.
+LEARNING = {
+    "activation_alignment": 3 if ON_TENSORFLOW else 2,
+    "information_alignment": 5 if ON_TENSORFLOW else 4,
+    "pfa": 3 * KERNELS if ON_TENSORFLOW else 2 * KERNELS - 1,
+}
 CHAINED = [
     name
     for name, method in METHODS.items()
@@ -143,7 +149,7 @@ def test_learning_adds_products_for_each_kernel(method):
     counts = counted(convert(network(), method), method)
     more = LEARNING[method]
     if method == "pfa":  # of matrices, whatever the layer
-        assert counts == BACKPROPAGATION + Counter(matmul=more * KERNELS)
+        assert counts == BACKPROPAGATION + Counter(matmul=more)
     else:
         of_kernels = Counter(conv=more * CONVOLUTIONS, matmul=more * DENSE)
         assert counts == BACKPROPAGATION + of_kernels

@@ -484,7 +484,7 @@ class FeedbackLayer:
             rule.of_kernels if learns else None,
             learned,
         )
-        if training and learns and rule.loss is not None:
+        if learns and rule.loss is not None and training:
             local = self.locals(inputs, kernels, learned.used)
             loss = sum(map(rule.loss, local))
             # It moves B, and is not part of the loss that is shown.
