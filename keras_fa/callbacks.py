@@ -195,7 +195,8 @@ class MirrorPhase(keras.callbacks.Callback):
     epoch, each layer whose `feedback_learning` is a `WeightMirror`, or another
     one that is not `in_step`, is sent `batches` batches of Gaussian noise of
     its own, and after each of them its B moves by `-rate` times the gradient of
-    that one's `loss`. W and all else stay as they are. Under
+    that one's `loss`. W and all else stay as they are, and layers that are not
+    trainable do whole. Under
     `steps_per_execution` Keras tells callbacks of the last batch of an
     execution alone: there is one phase after it if any was due.
 
@@ -296,7 +297,8 @@ class MirrorPhase(keras.callbacks.Callback):
             self._layers = [
                 layer
                 for layer in feedback_layers(model)
-                if layer.feedback_learning is not None
+                if layer.trainable
+                and layer.feedback_learning is not None
                 and not layer.feedback_learning.in_step
             ]
             self._reads = [*all_variables(model), self._generator.state]

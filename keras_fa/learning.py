@@ -408,7 +408,7 @@ def get(identifier: Identifier) -> FeedbackLearning | None:
         A `FeedbackLearning`, or `None`.
 
     Raises:
-        ValueError: If it is none of these.
+        ValueError: If it is none of these, or defines nothing to learn from.
     """
 
     def stock(given: object) -> object:
@@ -422,6 +422,13 @@ def get(identifier: Identifier) -> FeedbackLearning | None:
         raise ValueError(
             f"Unknown feedback learning {identifier!r}. Allowed: "
             f"{', '.join(_OURS)}, or a keras_fa.learning.FeedbackLearning."
+        )
+    if learning is None:
+        return None
+    if learning.loss is None and not (learning.in_step and learning.gradient):
+        raise ValueError(
+            f"{type(learning).__name__} teaches nothing: it has to define "
+            "`loss` or, where it is `in_step`, `gradient`. Received: neither."
         )
     return learning
 

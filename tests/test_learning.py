@@ -442,6 +442,14 @@ def test_a_phase_moves_the_model_that_it_is_given() -> None:
         assert not np.allclose(layer.feedback_kernel, before)
 
 
+def test_a_phase_leaves_frozen_layers_alone() -> None:
+    layer = FADense(3, feedback_learning="weight_mirror", trainable=False)
+    model = keras.Sequential([keras.Input((5,)), layer])
+    before = array(layer.feedback_kernel)
+    MirrorPhase().mirror(model, 0)
+    np.testing.assert_array_equal(array(layer.feedback_kernel), before)
+
+
 def test_a_phase_moves_what_another_rule_leaves_to_it() -> None:
     class Drawn(learning.FeedbackLearning):
         in_step = False
@@ -682,6 +690,10 @@ def test_signs_and_stock_constraints_pass_the_gradient_on() -> None:
     [
         ({"feedback_learning": "kolen"}, "Allowed: kolen_pollack, weight"),
         ({"feedback_learning": 3}, "Unknown feedback learning 3"),
+        (
+            {"feedback_learning": learning.FeedbackLearning},
+            "FeedbackLearning teaches nothing",
+        ),
         (
             {
                 "feedback_learning": "weight_mirror",
