@@ -520,7 +520,7 @@ def test_every_cell_has_its_command(column):
         # A search is over what the column leaves open, and may go beyond.
         recipe = columns.unsearched(column, method)
         assert {*map(columns.name, recipe)} <= {*map(columns.name, given)}
-        if column == "digits":
+        if column == "digits" and "# Searched" not in text:
             assert given == recipe
     with pytest.raises(UserError, match="has no recipe"):
         columns.cell(column, "nonsense")
