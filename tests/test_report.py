@@ -141,6 +141,36 @@ def test_table(tmp_path, made):
 
 
 @pytest.mark.usefixtures("_without_figures")
+def test_beyond_the_paper(tmp_path, made):
+    """A second table, with the largest angle that carries an error on."""
+    write_cell(tmp_path, [18.0], **CIFAR10, method="bp")
+    write_cell(tmp_path, [17.5], **CIFAR10, method="frozen")
+    folder = tmp_path / "kp"
+    write_run(folder, True, **CIFAR10, method="kolen_pollack", test_error=19.0)
+    lines = (folder / "history.csv").read_text().splitlines()
+    values = lines[-1].split(",")
+    assert lines[0].split(",")[2] == "alignment/angle/conv1"
+    lines[-1] = ",".join([*values[:2], "89.0", *values[3:6], "31.6", values[7]])
+    (folder / "history.csv").write_text("\n".join([*lines, ""]))
+    _, output, errors = made()
+    assert errors == ""
+    first, second = output.split("\n\nBeyond the paper:\n\n")
+    assert [row[0] for row in rows(first)[2:]][-1] == "DenseFA"
+    assert rows(second)[0] == [
+        "method",
+        "ours",
+        "epochs",
+        "ours - BP",
+        "angle, °",
+    ]
+    assert rows(second)[2:] == [
+        ["Frozen", "17.50 (n=1)", "3", "-0.50", "-"],
+        ["Kolen-Pollack", "19.00 (n=1) †", "3", "+1.00", "32"],
+    ]
+    assert "- angle: between B and W" in second
+
+
+@pytest.mark.usefixtures("_without_figures")
 def test_a_sample_of_imagenet_is_not_imagenet(tmp_path, made):
     cell = {"dataset": "imagenet2012", "model": "imagenet_1"}
     write_cell(tmp_path, [80.0], **cell, training_images=1_281_167)

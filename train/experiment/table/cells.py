@@ -94,6 +94,20 @@ class Cell:
         """How long each of the runs trained."""
         return self.recipe["epochs"]
 
+    @property
+    def angle(self) -> float | None:
+        """Between B and W where it was measured last, in degrees.
+
+        The largest of all layers but the lowest, mean over the seeds; `None`
+        where no angle was measured.
+        """
+        curves = [
+            self.curves(f"alignment/angle/{layer}")
+            for layer in self.layers("angle")[1:]
+        ]
+        last = [statistics.mean(curve[max(curve)]) for curve in curves]
+        return max(last, default=None)
+
     def curves(self, column: str) -> Curve:
         """A column of the histories of all runs in which it was measured.
 

@@ -29,6 +29,11 @@ _MARKED = (
     "not show."
 )
 
+_ANGLE = (
+    "angle: between B and W at the end, the largest of all layers but the "
+    "lowest, whose B sends no error on."
+)
+
 LEGEND = (
     "Test error in percent after the last epoch: mean ± sample standard "
     "deviation (number of seeds). A gap is the error less that of BP in the "
@@ -45,39 +50,54 @@ def table(column: Task, ours: dict[str, Cell]) -> str:
         ours: Method to our runs.
     """
     sources = published(column)
-    marked = dict.fromkeys(no_better_than_frozen(ours), f" {MARK}")
+    marked = no_better_than_frozen(ours)
+    rows = rows_of(column, ours)
+    beyond = [
+        m for m in rows if sources and not any(m in s.errors for s in sources)
+    ]
     heads = ["method", "ours", "epochs"]
     heads += [source.source for source in sources]
     heads += [f"{head} - BP" for head in ("ours", *heads[3:])]
-    rows = [
+    means = {method: cell.mean for method, cell in ours.items()}
+    first = [
         [
-            METHODS[method].title,
-            _mean(ours[method]) + marked.get(method, "")
-            if method in ours
-            else "open",
-            str(ours[method].epochs) if method in ours else "",
+            *_ours(method, ours, marked),
             *(_figure(s.errors.get(method), s.decimals) for s in sources),
-            _gap({m: cell.mean for m, cell in ours.items()}, method, 2),
+            _gap(means, method, 2),
             *(_gap(s.errors, method, s.decimals) for s in sources),
         ]
-        for method in rows_of(column, ours)
+        for method in rows
+        if method not in beyond
+    ]
+    second = [
+        [*_ours(m, ours, marked), _gap(means, m, 2), _figure(ours[m].angle, 0)]
+        for m in beyond
     ]
     dataset, model = column
     title = f"{TITLES[column]}: " if column in TITLES else ""
-    return "\n\n".join(
-        [
-            f"## {title}{model} on {dataset}",
-            markdown.table(heads, rows),
-            "\n".join(
-                f"- {line}"
-                for line in [
-                    *(s.about for s in sources),
-                    *([_MARKED] if marked else []),
-                    *recipes(ours),
-                ]
-            ),
+    parts = [f"## {title}{model} on {dataset}", markdown.table(heads, first)]
+    if beyond:
+        parts += [
+            "Beyond the paper:",
+            markdown.table([*heads[:3], "ours - BP", "angle, °"], second),
         ]
-    )
+    remarks = [
+        *(s.about for s in sources),
+        *([_ANGLE] if beyond else []),
+        *([_MARKED] if marked else []),
+        *recipes(ours),
+    ]
+    parts.append("\n".join(f"- {line}" for line in remarks))
+    return "\n\n".join(parts)
+
+
+def _ours(method: str, ours: dict[str, Cell], marked: list[str]) -> list[str]:
+    """The first cells of a row: method, error, epochs."""
+    title = METHODS[method].title
+    if method not in ours:
+        return [title, "open", ""]
+    mark = f" {MARK}" if method in marked else ""
+    return [title, _mean(ours[method]) + mark, str(ours[method].epochs)]
 
 
 def no_better_than_frozen(ours: dict[str, Cell]) -> list[str]:
