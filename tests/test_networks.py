@@ -13,6 +13,7 @@ from backends import requires_tensorflow
 from experiment import commandline
 from experiment import networks
 from experiment.errors import UserError
+from experiment.networks.fused import fuse
 from experiment.table import columns
 from keras_fa import convert
 from keras_fa.layers.feedback import feedback_layers
@@ -277,6 +278,30 @@ def test_batch_statistics_over_replicas(
             for layer in model.layers
             if isinstance(layer, keras.layers.BatchNormalization)
         } == {synchronized}
+
+
+@requires_tensorflow
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_fused_normalization_is_keras_own(policy: str, compiled: bool) -> None:
+    """Losses, hence gradients, outputs and moving averages."""
+    x = np.random.default_rng(0).normal(3, 2, (8, 6, 6, 4)).astype("float32")
+    found = []
+    for fused in (True, False):
+        layer = keras.layers.BatchNormalization(dtype=policy)
+        model = keras.Sequential([keras.Input(x.shape[1:]), layer])
+        layer.gamma.assign([1, 2, 3, 4])
+        layer.beta.assign([4, 3, 2, 1])
+        if fused:
+            fuse(model)
+            assert "call" in vars(layer)
+        model.compile("sgd", "mse", run_eagerly=not compiled, jit_compile=False)
+        losses = [float(model.train_on_batch(x, x)) for _ in range(3)]
+        outputs = model.predict(x, verbose=0)
+        found.append([losses, outputs, *map(array, layer.weights)])
+    tolerance = 1e-5 if policy == "float32" else 2e-2
+    for ours, stock in zip(*found):
+        np.testing.assert_allclose(ours, stock, tolerance, tolerance)
 
 
 def test_dropout() -> None:

@@ -16,6 +16,7 @@ import keras_fa
 from experiment import networks
 from experiment.datasets import DATASETS
 from experiment.errors import UserError
+from experiment.networks.fused import fuse
 from keras_fa.alignment import named_paths
 from keras_fa.constraints import Chain
 from keras_fa.constraints import FixedSign
@@ -75,6 +76,8 @@ def build(config: SimpleNamespace) -> keras.Model:
         raise UserError(
             f"--feedback_maps={config.feedback_maps}: {error}"
         ) from error
+    if config.backend == "tensorflow":
+        fuse(model)
     if config.backend == "jax":
         # RandomTranslation denies it because of TensorFlow, whose XLA lacks
         # an operation; JAX compiles all that it can run.
