@@ -307,7 +307,7 @@ METHODS: dict[str, Method] = {
             title="PFA",
             definition="B = R M, M fixed, random and wide, R trained: "
             "dR = dW M^T, both decay",
-            standing="product feedback alignment (2024)",
+            standing="Ji-An & Benna (2024)",
             feedback_constraint=ProductFeedback(),
             feedback_learning=KolenPollack(),
         ),

@@ -285,7 +285,8 @@ class ProductFeedback(FeedbackConstraint):
     Raises:
         ValueError: If `expansion` is no positive integer.
 
-    Source: product feedback alignment (2024); R and M's laws are our choice.
+    Source: Ji-An & Benna (2024), Deep learning without weight symmetry (arXiv
+    2405.20594); R and M's laws are our choice.
     Kernels whose last axis is not their output (transposed and depthwise
     convolutions) are mixed along it all the same.
 

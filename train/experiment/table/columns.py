@@ -84,7 +84,7 @@ COLUMNS = {
         "cifar10",
         "cifar10_1",
         (*ROWS, *_CONTROLS, *_BEYOND),
-        ("--epochs=30", "--normalization=batch"),
+        ("--epochs=15", "--normalization=batch"),
     ),
     "cifar10_2": Column(
         "cifar10",
