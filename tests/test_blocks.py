@@ -244,6 +244,22 @@ def test_blocks_in_fit(eager: bool, tmp_path: Path) -> None:
         check_all(moved, expected, rtol=1e-3)
 
 
+@backends.requires_tensorflow
+def test_blocks_on_two_replicas(strategy: Any) -> None:
+    """Each has the batch once: the update of the batch."""
+    with strategy.scope():
+        model = convert(blocks(), "dfa", taps=["h2", "h4"])
+        model.compile(keras.optimizers.SGD(0.5), CROSSENTROPY)
+    expected = blocks_by_hand(model)
+    before = {w.path: np.array(w) for w in model.trainable_weights}
+    x, y = np.concatenate([X, X]), np.concatenate([Y, Y])
+    model.fit(x, y, batch_size=2 * N, shuffle=False, verbose=0)
+    moved = {
+        w.path: (before[w.path] - w) / 0.5 for w in model.trainable_weights
+    }
+    check_all(moved, expected, rtol=1e-3)
+
+
 def test_a_block_does_not_depend_on_what_is_above() -> None:
     def linear(y: Any, z: Any) -> Any:
         return ops.sum(z * Y)  # so that e is Y whatever the weights
