@@ -494,7 +494,8 @@ def _wire(
     stops = {tap for _, tap in ways} if dfa else set()
     pairs = [(source.shape, tap.shape) for source, tap in ways]
     signal = _signal(graph, method, loss)
-    what = f"fixed random {feedback_maps} maps for model '{model.name}'"
+    kind = "fixed random" if method.map_learning is None else "learned"
+    what = f"{kind} {feedback_maps} maps for model '{model.name}'"
     _say_bytes(f"{method.title}: {len(pairs)} {what}", pairs, feedback_maps)
     # DFA's e is that of the logits or of a named layer's output, DenseFA's
     # that of the pre-activations.

@@ -813,6 +813,17 @@ def test_a_map_fits_only_if_it_fits_while_it_is_drawn(
         convert(mlp(), "dfa")
 
 
+def test_what_maps_are_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "keras_fa")
+    for method, kind in (
+        ("dfa", "fixed random"),
+        ("direct_kolen_pollack", "learned"),
+    ):
+        convert(mlp(), method)
+        assert f" {kind} dense maps for model" in caplog.text
+        caplog.clear()
+
+
 def test_bytes_are_of_the_dtype_of_the_maps(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
