@@ -66,6 +66,37 @@ def leaves(model: keras.Model) -> list[keras.layers.Layer]:
     return list(found)
 
 
+def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """A layer and all layers in it, however deep, each once."""
+    # Keras's own walk, private: a public one would have to know every kind of
+    # container that layers are held in.
+    return list(layer._flatten_layers())
+
+
+def held(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """The layers that a layer itself holds."""
+    return list(layer._flatten_layers(include_self=False, recursive=False))
+
+
+def held_names(layer: keras.layers.Layer) -> dict[keras.layers.Layer, str]:
+    """The names of all layers in a layer, led by those of their holders.
+
+    Models lead no names: their layers have names of their own.
+    """
+    found = {layer: layer.name}
+
+    def visit(holder: keras.layers.Layer, lead: str) -> None:
+        if not isinstance(holder, keras.Model):
+            lead = f"{lead}{holder.name}/"
+        for inner in held(holder):
+            if inner not in found:
+                found[inner] = f"{lead}{inner.name}"
+                visit(inner, lead)
+
+    visit(layer, "")
+    return found
+
+
 def rebuild(
     model: keras.Model,
     make: Callable[[keras.Operation], keras.Operation],
@@ -101,6 +132,88 @@ def rebuild(
     clone(model)
     _copy_state(dict(reversed(clones.items())))
     return clones[model], clones
+
+
+def reached(
+    layer: keras.layers.Layer, stop: Callable[[keras.layers.Layer], bool]
+) -> list[keras.layers.Layer]:
+    """A layer and those that it holds, however deep, each once.
+
+    Args:
+        layer: A layer.
+        stop: Tells which layers are not looked into.
+    """
+    found, left = [], [layer]
+    while left:
+        one = left.pop(0)
+        if one not in found:
+            found.append(one)
+            left += [] if stop(one) else held(one)
+    return found
+
+
+def remake_held(
+    holder: keras.layers.Layer,
+    make: Callable[[keras.layers.Layer], keras.layers.Layer | None],
+) -> Clones:
+    """Replaces layers that a layer holds, however deep, in place.
+
+    Args:
+        holder: A layer or model.
+        make: Gives the new layer for an old one; `None` to look into that,
+            or itself to leave it as it is. Models that are graphs are rebuilt.
+
+    Returns:
+        The new layers by the old ones; they have their state.
+    """
+    clones, looked_into = {}, set()
+
+    def visit(outer: keras.layers.Layer) -> None:
+        if outer in looked_into:
+            return
+        looked_into.add(outer)
+        for layer in held(outer):
+            if layer in clones:
+                continue
+            if is_graph(layer):
+                _, inside = rebuild_all(layer, make)
+                clones.update(inside)
+                continue
+            new = make(layer)
+            if new is None:
+                visit(layer)
+                continue
+            if new is layer:
+                continue
+            clones[layer] = new
+            _build_as(layer, new)
+            _copy_state({layer: new})
+
+    visit(holder)
+    changed = {old: new for old, new in clones.items() if old is not new}
+    for outer in looked_into:  # all or none: `make` may raise
+        replace(outer, changed)
+    return clones
+
+
+def rebuild_all(
+    model: keras.Model,
+    make: Callable[[keras.layers.Layer], keras.layers.Layer | None],
+) -> tuple[keras.Model, Clones]:
+    """As `rebuild`, and in its layers `remake_held`."""
+    copy, clones = rebuild(model, lambda layer: make(layer) or again(layer))
+    for layer in list(clones.values()):
+        if isinstance(layer, keras.layers.Layer) and not is_graph(layer):
+            remake_held(layer, make)
+    return copy, clones
+
+
+def _build_as(layer: keras.layers.Layer, new: keras.layers.Layer) -> None:
+    """Builds a layer for what another one is built for, at its place."""
+    with contextlib.ExitStack() as scopes:
+        for name in layer.path.split("/")[:-1]:
+            scopes.enter_context(keras.name_scope(name))
+        new.build_from_config(layer.get_build_config())
 
 
 def flatten(model: keras.Model) -> tuple[keras.Model, Clones]:
@@ -260,7 +373,18 @@ def copy_weights(source: keras.Operation, target: keras.Operation) -> None:
     layer = isinstance(source, keras.layers.Layer) and not is_graph(source)
     if not layer or not target.built:
         return
-    for ours, theirs in zip(target.weights, source.weights):
+    for theirs, ours in zip(all_layers(source), all_layers(target)):
+        if ours is not target and ours.trainable != theirs.trainable:
+            ours.trainable = theirs.trainable
+        if ours.built:
+            _copy_own_weights(theirs, ours)
+
+
+def _copy_own_weights(
+    source: keras.layers.Layer, target: keras.layers.Layer
+) -> None:
+    """As `copy_weights`, without the layers that a layer holds."""
+    for ours, theirs in zip(own_weights(target), own_weights(source)):
         # Copies: training on JAX gives the memory of a model's weights away.
         ours.assign(ops.copy(theirs))
         ours.trainable = theirs.trainable
@@ -272,6 +396,50 @@ def copy_weights(source: keras.Operation, target: keras.Operation) -> None:
             target.load_own_variables(
                 {name: np.array(value) for name, value in store.items()}
             )
+
+
+def own_weights(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """A layer's weights without those of the layers that it holds."""
+    inner = {id(w) for one in held(layer) for w in one.weights}
+    return [weight for weight in layer.weights if id(weight) not in inner]
+
+
+def replace(holder: keras.layers.Layer, new: Clones) -> None:
+    """Puts other layers in the place of those that a layer holds.
+
+    Args:
+        holder: A layer, built or not. What it holds as attributes, also in
+            lists, tuples and dicts, is replaced.
+        new: The new layers by the old ones.
+    """
+
+    def replaced(value: object) -> object:
+        if isinstance(value, keras.layers.Layer):
+            return new.get(value, value)
+        if isinstance(value, dict):
+            return {key: replaced(item) for key, item in value.items()}
+        if type(value) is tuple or isinstance(value, list):
+            kind = tuple if isinstance(value, tuple) else list
+            return kind(map(replaced, value))
+        return value
+
+    def concerned(value: object) -> bool:
+        if isinstance(value, keras.layers.Layer):
+            return value in new
+        if isinstance(value, dict):
+            return any(map(concerned, value.values()))
+        listed = type(value) is tuple or isinstance(value, list)
+        return listed and any(map(concerned, value))
+
+    # Private, as in Keras's own `enable_lora`: a layer that is built takes no
+    # new layers, and one that is overwritten stays among those of its holder.
+    tracker, internal = holder._tracker, holder._layers
+    for old, other in new.items():
+        if tracker.is_in_store("layers", old):
+            tracker.replace_tracked_value("layers", old, other)
+    for name, value in list(vars(holder).items()):
+        if value is not internal and concerned(value):
+            setattr(holder, name, replaced(value))
 
 
 def config_of(layer: keras.Operation) -> dict[str, object]:

@@ -10,6 +10,7 @@ from keras_fa import constraints
 from keras_fa.layers.direct import SendError
 from keras_fa.layers.feedback import FeedbackLayer
 from keras_fa.layers.feedback import all_layers
+from keras_fa.learning import FeedbackLearning
 
 _HEADS = ("layer", "class", "feedback", "stored", "bytes")
 
@@ -63,10 +64,11 @@ def _feedback_of(
     """Label, rule in words and stored weights of each way down of a layer."""
     if isinstance(layer, SendError) and layer.built:
         sent = "" if layer.signal == "error" else f", {layer.signal}"
+        sent += _learned(layer.feedback_learning)
         return [
             (
                 layer.path,
-                f"{layer.feedback_maps} map to {name}{sent}{_learned(layer)}",
+                f"{layer.feedback_maps} map to {name}{sent}",
                 [stored],
             )
             for name, stored in layer.stored_feedback().items()
@@ -80,15 +82,14 @@ def _feedback_of(
             ", ".join(
                 [_in_words(path.rule), *map(_name, path.fixed.constraints)]
             )
-            + _learned(layer),
+            + _learned(path.learning),
             list(path.stored.values()),
         )
         for path in layer.feedback_paths
     ]
 
 
-def _learned(layer: FeedbackLayer | SendError) -> str:
-    rule = layer.feedback_learning
+def _learned(rule: FeedbackLearning | None) -> str:
     return "" if rule is None else f", {_name(rule)}"
 
 

@@ -117,14 +117,20 @@ class Graph:
         for node in self.nodes:
             for parent in node.parents:
                 self.consumers[parent].append(node)
-        self._kernels = [n for n in self.nodes if is_kernel(n.operation)]
+        # No direct error arrives at a layer with several outputs.
+        self._kernels = [
+            n
+            for n in self.nodes
+            if n.shape is not None and is_kernel(n.operation)
+        ]
+        kernels = set(self._kernels)
         # The kernel nodes above each node, and the first on each way up.
         self._above, self._next = {}, {}
         for node in reversed(self.nodes):
             above, first = set(), set()
             for consumer in self.consumers[node]:
                 above |= self._above[consumer]
-                if is_kernel(consumer.operation):
+                if consumer in kernels:
                     first.add(consumer)
                 else:
                     first |= self._next[consumer]

@@ -31,6 +31,7 @@ import numpy as np
 from keras import ops
 
 from keras_fa import _gradients
+from keras_fa._cloning import held_names
 from keras_fa._types import Identifier
 from keras_fa._types import Tensor
 from keras_fa.layers.direct import StopError
@@ -234,22 +235,25 @@ def named_paths(model: keras.layers.Layer) -> dict[str, FeedbackPath]:
 
     Returns:
         A dict of `"<layer>"`, or `"<layer>/<kernel>"` for layers with two
-        kernels, to path. A name that nested models repeat is numbered.
+        kernels, to path. The name of a layer that another layer holds is led
+        by that one's: `"<attention>/query"`. A name that nested models repeat
+        is numbered.
 
     Raises:
         ValueError: If there is no FA layer, or one that is not built.
     """
-    paths = {}
+    paths, names, taken = {}, held_names(model), set()
     for layer in feedback_layers(model):
         if not layer.built:
             raise ValueError(
                 f"FA layer '{layer.name}' is not built. Call the model on data "
                 "first."
             )
-        name, count = layer.name, 0
-        while any(known.split("/")[0] == name for known in paths):
+        name, count = names[layer], 0
+        while name in taken:
             count += 1
-            name = f"{layer.name}_{count}"
+            name = f"{names[layer]}_{count}"
+        taken.add(name)
         for path in layer.feedback_paths:
             several = len(layer.feedback_paths) > 1
             paths[f"{name}/{path.kernel.name}" if several else name] = path
@@ -642,7 +646,7 @@ def _findings(
                 f"a hint: B is trained and at {row.angle:.0f} degrees to W. "
                 "Has it moved?"
             )
-    if not math.isfinite(row.activity):
+    if not math.isfinite(row.activity) and not path.in_loop:
         yield "its activity is not finite."
     elif row.activity_ratio > EXPLODING:
         yield (
@@ -677,7 +681,9 @@ def _tapped(
 
     z is what the layer has computed of its kernels and bias.
     """
-    activations = {layer: layer.activation for layer in layers}
+    activations = {
+        layer: layer.activation for layer in layers if not layer.in_loop
+    }
     try:
         for layer, activation in activations.items():
             # Not by setattr, of which Keras takes notice.

@@ -106,10 +106,13 @@ def _make_strict(model: keras.layers.Layer) -> list[SignConcordance]:
     for layer in feedback_layers(model):
         if layer.built:
             loose += layer.feedback_paths
-        elif isinstance(layer.feedback_constraint, SignConcordance):
+            continue
+        for name in layer.feedback_arguments():
             # Keras builds some models at their first batch. Such a layer is
             # strict for good: there are no magnitudes to come back to.
-            layer.feedback_constraint.strict = True
+            rule = getattr(layer, name)
+            if isinstance(rule, SignConcordance):
+                rule.strict = True
     loose = [
         path
         for path in loose
@@ -298,8 +301,8 @@ class MirrorPhase(keras.callbacks.Callback):
                 layer
                 for layer in feedback_layers(model)
                 if layer.trainable
-                and layer.feedback_learning is not None
-                and not layer.feedback_learning.in_step
+                and layer.built
+                and any(path.mirrored for path in layer.feedback_paths)
             ]
             self._reads = [*all_variables(model), self._generator.state]
             self._step = _gradients.backend.compiled(self._moved, self._reads)
@@ -309,7 +312,8 @@ class MirrorPhase(keras.callbacks.Callback):
             )
             self._generator.state.assign(key)
             for layer, moved in zip(self._layers, self._step()):
-                for path, value in zip(layer.feedback_paths, moved):
+                mirrored = [p for p in layer.feedback_paths if p.mirrored]
+                for path, value in zip(mirrored, moved):
                     path.feedback_kernel.assign(value)
 
     def _moved(self) -> list[list[Tensor]]:
@@ -340,11 +344,14 @@ class MirrorPhase(keras.callbacks.Callback):
 
         def loss() -> Tensor:
             return sum(
-                layer.feedback_learning.loss(dataclasses.replace(local, x=xi))
-                for local, xi in zip(at_rest(), noise)
+                path.learning.loss(dataclasses.replace(local, x=xi))
+                for path, local, xi in zip(
+                    layer.feedback_paths, at_rest(), noise
+                )
+                if path.mirrored
             )
 
-        stored = [path.feedback_kernel for path in layer.feedback_paths]
+        stored = [p.feedback_kernel for p in layer.feedback_paths if p.mirrored]
         gradients = _gradients.gradients_of(loss, stored, self._reads)
         return [b - self.rate * g for b, g in zip(stored, gradients)]
 

@@ -1,8 +1,8 @@
 """From a stock Keras model to one of the paper's methods, and back.
 
 `convert` clones a Functional or Sequential model with each layer that has a
-kernel replaced by its FA counterpart, copies the weights, and, for DFA and
-DenseFA, rewires the error:
+kernel replaced by its FA counterpart, also in layers that hold layers, copies
+the weights, and, for DFA and DenseFA, rewires the error:
 
 ```
 fa, uSF, ...    x -> conv1 -> conv2 -> fc               errors chain through B
@@ -40,7 +40,9 @@ from keras_fa import initializers
 from keras_fa import layers as fa_layers
 from keras_fa import methods
 from keras_fa.layers import direct
+from keras_fa.layers.feedback import FeedbackArguments
 from keras_fa.layers.feedback import FeedbackLayer
+from keras_fa.layers.feedback import all_layers
 from keras_fa.layers.feedback import feedback_layers
 
 _COUNTERPART = {
@@ -52,7 +54,7 @@ _CLASSES = {
     for stock, cls in _COUNTERPART.items()
     for key in (cls, stock, cls.__name__, stock.__name__)
 }
-_OURS = (FeedbackLayer, direct.SendError, direct.StopError)
+_OURS = (FeedbackArguments, direct.SendError, direct.StopError)
 _MAP_LAW = "glorot_uniform"
 # What two arguments of `convert` name.
 _ENDS = {
@@ -77,7 +79,8 @@ def convert(
 
     Every layer with a kernel becomes its FA counterpart, with the same name,
     the same forward weights, vocabulary and `trainable` flag and a feedback
-    path as the method says; nested models and shared layers too. Outputs are
+    path as the method says; nested models, shared layers and the layers that
+    another layer holds (a block, `Bidirectional`, `RNN`) too. Outputs are
     equal to the last bit, and weight files of the stock model load. Functions
     and objects that a layer was given, such as a lambda as its activation, are
     carried over as they are.
@@ -88,15 +91,17 @@ def convert(
 
     Args:
         model: A built Functional or Sequential model: stock, or converted
-            before (it is taken back to stock first). It is left as it is.
+            before (it is taken back to stock first). It is left as it is. A
+            subclassed model that is built is converted in place and returned;
+            a line of the logger `keras_fa` says so.
         method: A name in `keras_fa.methods.METHODS`, or a `Method`.
         layers: Other methods for some layers: a dict of layer name or class
             (`keras.layers.Dense`, or "Dense" where no layer is called that)
             to method. Names win over classes. Default
             `None`. Not with DFA and DenseFA, which wire the whole model.
-        skip: Names of layers to leave as they are: layers with a kernel that
-            have no FA counterpart (recurrent, attention, TimeDistributed, of
-            one's own). Errors pass through them exactly. Default: none.
+        skip: Names of layers to leave as they are: layers with a kernel of
+            their own that have no FA counterpart (ConvLSTM2D, TimeDistributed,
+            of one's own). Errors pass through them exactly. Default: none.
         feedback_maps: What carries the direct errors of DFA and DenseFA, as
             `keras_fa.layers.direct.SendError` says in full. "dense" (default):
             a matrix `(size of source, size of receiver)` for each pair.
@@ -136,16 +141,18 @@ def convert(
     had been drawn by. To draw them anew, convert `to_backprop(model)`.
 
     Returns:
-        A new model, Sequential if `model` is (Functional under DFA and
+        A new model (a subclassed one: the same), Sequential if `model` is
+        (Functional under DFA and
         DenseFA), compiled if `model` is. A subclass of `keras.Model` with a
         constructor of its own becomes plain Functional. If what it was
         compiled with cannot be copied (a loss that is a function of one's
         own), it is left uncompiled, with a warning.
 
     Raises:
-        ValueError: If the model is neither Functional nor Sequential, is not
-            built, has a layer with a kernel but without a counterpart that
-            `skip` does not name, or one that Keras cannot make again, or if a
+        ValueError: If the model is not built, or subclassed and the method
+            DFA, DenseFA or Frozen, has a layer with a kernel but without a
+            counterpart that `skip` does not name, or one that Keras cannot
+            make again, or if a
             name is unknown, if no kernel would learn (under "frozen", where
             all are hidden), or if a method without direct errors is given
             `feedback_maps`, or one other than DFA `taps` or `error_from`; if
@@ -206,12 +213,15 @@ def convert(
             f"'{method.name}' sends the target of the logits. Received: "
             f"error_from={error_from!r}. Leave it out."
         )
-    _check_model(model)
+    skip = {skip} if isinstance(skip, str) else set(skip)
+    _check_model(model, subclassed=True)
+    if not _cloning.is_graph(model):
+        return _convert_in_place(model, method, layers, skip)
     stock, stocks = model, {}
-    if any(isinstance(layer, _OURS) for layer in _cloning.leaves(model)):
+    if any(isinstance(layer, _OURS) for layer in _reached(model)):
         stock, stocks = _to_stock(model)
     others = _other_methods(stock, layers, method)
-    _check_layers(stock, {skip} if isinstance(skip, str) else set(skip))
+    _check_layers(stock, skip)
     hidden = set()
     if any(m.hidden_kernel_constraint for m in (method, *others.values())):
         found = _wiring.hidden_layers(
@@ -221,22 +231,21 @@ def convert(
     if method.wiring == "chain":
 
         def make(layer: keras.Operation) -> keras.Operation:
-            default = others.get(type(layer), method)
-            own = others.get(layer.name, default)
+            own = _method_of(layer, method, others)
             return _counterpart(layer, own, layer in hidden)
 
         converted, clones = _cloning.rebuild(stock, make)
     else:
         loss = model.loss if model.compiled else None
         converted, clones = _wire(
-            stock, method, feedback_maps, taps, error_from, loss, hidden
+            stock, method, feedback_maps, taps, error_from, loss, hidden, skip
         )
+    left = {new for layer, new in clones.items() if layer.name in skip}
+    for layer, new in clones.items():
+        if type(layer) not in _COUNTERPART and new not in left:
+            _convert_held(new, method, others, skip, layer in hidden)
     _name_peers(clones)
-    for layer in feedback_layers(converted):
-        layer.restart()  # of the weights that were copied
-    _carry_feedback(stocks, clones, converted)
-    _give_units_signs(converted)
-    refresh(converted)
+    _settle(converted, stocks, clones)
     if _learns(stock) and not _learns(converted):
         kernels = ", ".join(layer.name for layer in feedback_layers(converted))
         raise ValueError(
@@ -249,6 +258,76 @@ def convert(
     return converted
 
 
+def _settle(
+    model: keras.Model, stocks: _cloning.Clones, clones: _cloning.Clones
+) -> None:
+    """Brings what FA layers keep in line with the weights that they got."""
+    for layer in feedback_layers(model):
+        layer.restart()  # of the weights that were copied
+    _carry_feedback(stocks, clones, model)
+    _give_units_signs(model)
+    refresh(model)
+
+
+def _method_of(
+    layer: keras.Operation,
+    method: methods.Method,
+    others: dict[str | type, methods.Method],
+) -> methods.Method:
+    return others.get(layer.name, others.get(type(layer), method))
+
+
+def _convert_held(
+    holder: keras.Operation,
+    method: methods.Method,
+    others: dict[str | type, methods.Method],
+    skip: set[str],
+    hidden: bool = False,
+) -> _cloning.Clones:
+    """Converts what a layer holds, in place."""
+    if not isinstance(holder, keras.layers.Layer) or _cloning.is_graph(holder):
+        return {}
+
+    def make(layer: keras.Operation) -> keras.Operation | None:
+        if layer.name in skip:
+            return layer
+        if type(layer) not in _COUNTERPART:
+            return None
+        return _counterpart(layer, _method_of(layer, method, others), hidden)
+
+    return _cloning.remake_held(holder, make)
+
+
+def _convert_in_place(
+    model: keras.Model,
+    method: methods.Method,
+    layers: Layers,
+    skip: set[str],
+) -> keras.Model:
+    """`convert` for a model whose `call` is a program of its own."""
+    unseen = method.wiring != "chain" or method.hidden_kernel_constraint
+    if unseen:
+        raise ValueError(
+            f"'{method.name}' needs to know which layer comes before which, "
+            "and a subclassed model's `call` does not say it. Received: "
+            f"'{model.name}' ({type(model).__name__}). Write it as a "
+            "Functional model, or use a method whose errors go from layer to "
+            "layer."
+        )
+    stocks = _to_stock_in_place(model)
+    others = _other_methods(model, layers, method)
+    _check_layers(model, skip)
+    clones = _convert_held(model, method, others, skip)
+    _settle(model, stocks, clones)
+    _compile_as(model, model)
+    logging.getLogger("keras_fa").info(
+        "Model '%s' (%s) is subclassed: it was converted in place.",
+        model.name,
+        type(model).__name__,
+    )
+    return model
+
+
 def to_backprop(model: keras.Model) -> keras.Model:
     """The way back: a plain Keras model with the trained weights.
 
@@ -258,14 +337,16 @@ def to_backprop(model: keras.Model) -> keras.Model:
     stays a layer of its own.
 
     Args:
-        model: A built Functional or Sequential model. It is left as it is.
+        model: A built Functional or Sequential model. It is left as it is. A
+            subclassed one goes back in place.
 
     Returns:
-        A new model, with outputs equal to the last bit.
+        A new model (a subclassed one: the same), with outputs equal to the
+        last bit.
 
     Raises:
-        ValueError: If the model is neither Functional nor Sequential, is not
-            built, or has a layer that Keras cannot make again.
+        ValueError: If the model is not built, or has a layer that Keras cannot
+            make again.
 
     Example:
 
@@ -278,7 +359,11 @@ def to_backprop(model: keras.Model) -> keras.Model:
     assert type(plain.layers[0]) is keras.layers.Dense
     ```
     """
-    _check_model(model)
+    _check_model(model, subclassed=True)
+    if not _cloning.is_graph(model):
+        _to_stock_in_place(model)
+        _compile_as(model, model)
+        return model
     plain, _ = _to_stock(model)
     _compile_as(model, plain)
     return plain
@@ -370,20 +455,8 @@ def _to_stock(
     def make(layer: keras.Operation) -> keras.Operation:
         if isinstance(layer, (direct.StopError, direct.SendError)):
             return layer  # which is not called
-        stock = layer.stock_class if isinstance(layer, FeedbackLayer) else None
-        known = subclasses or type(layer) in _COUNTERPART.values()
-        if stock is not None and not known:
-            raise ValueError(
-                f"Layer '{layer.name}' is of the class {type(layer).__name__}, "
-                "which is not one of keras_fa's own: its stock counterpart is "
-                "not known. Replace it by hand."
-            )
-        config = {
-            name: _without_ours(value) if _is_ours(value) else value
-            for name, value in _cloning.config_of(layer).items()
-            if stock is None or name in _arguments(stock)
-        }
-        return _cloning.again(layer, stock, config)
+        stock = _stock_of(layer, subclasses)
+        return stock or _cloning.again(layer, None, _plain_config(layer))
 
     def call(layer: keras.Operation, *args: object, **kwargs: object) -> object:
         if isinstance(layer, direct.StopError):
@@ -393,12 +466,14 @@ def _to_stock(
         return layer(*args, **kwargs)
 
     plain, stocks = _cloning.rebuild(model, make, call)
+    for new in set(stocks.values()):
+        _to_stock_in_place(new, subclasses)
     for layer, stock in stocks.items():
-        paths = getattr(layer, "feedback_paths", ())
-        for name, path in zip(getattr(layer, "kernel_names", ()), paths):
-            parts = path.fixed.constraints
-            if any(isinstance(part, constraints.Frozen) for part in parts):
-                getattr(stock, name).trainable = True  # as it was before
+        for ours, theirs in _held_pairs(layer, stock):
+            for name, path in zip(ours.kernel_names, ours.feedback_paths):
+                parts = path.fixed.constraints
+                if any(isinstance(part, constraints.Frozen) for part in parts):
+                    getattr(theirs, name).trainable = True  # as it was before
     if left := feedback_layers(plain):
         raise ValueError(
             f"FA layer '{left[0].name}' ({type(left[0]).__name__}) is inside a "
@@ -408,9 +483,61 @@ def _to_stock(
     return plain, stocks
 
 
+def _stock_of(
+    layer: keras.Operation, subclasses: bool = False
+) -> keras.Operation | None:
+    """The stock layer of an FA layer; `None` for others."""
+    if not isinstance(layer, FeedbackArguments):
+        return None
+    stock = layer.stock_class
+    if not subclasses and type(layer) not in _COUNTERPART.values():
+        raise ValueError(
+            f"Layer '{layer.name}' is of the class {type(layer).__name__}, "
+            "which is not one of keras_fa's own: its stock counterpart is "
+            "not known. Replace it by hand."
+        )
+    config = _plain_config(layer)
+    for name in config.keys() - _arguments(stock):
+        del config[name]
+    return _cloning.again(layer, stock, config)
+
+
+def _plain_config(layer: keras.Operation) -> dict[str, object]:
+    """A layer's config without the constraints of this package."""
+    return {
+        name: _without_ours(value) if _is_ours(value) else value
+        for name, value in _cloning.config_of(layer).items()
+    }
+
+
+def _to_stock_in_place(
+    holder: keras.Operation, subclasses: bool = False
+) -> _cloning.Clones:
+    """Makes the FA layers that a layer or model holds stock ones."""
+    layer = isinstance(holder, keras.layers.Layer)
+    if not layer or _cloning.is_graph(holder) or not feedback_layers(holder):
+        return {}
+    return _cloning.remake_held(holder, lambda x: _stock_of(x, subclasses))
+
+
+def _held_pairs(
+    layer: keras.Operation, stock: keras.Operation
+) -> list[tuple[FeedbackLayer, keras.layers.Layer]]:
+    """The FA layers in a layer, itself among them, and their stock twins."""
+    if _cloning.is_graph(layer) or not isinstance(layer, keras.layers.Layer):
+        return []
+    return [
+        (ours, theirs)
+        for ours, theirs in zip(all_layers(layer), all_layers(stock))
+        if isinstance(ours, FeedbackLayer)
+    ]
+
+
 def _arguments(stock: type) -> set[str]:
     """What a stock layer's constructor takes."""
-    return {"name", "trainable", "dtype", *inspect.signature(stock).parameters}
+    bases = [c for c in stock.__mro__ if issubclass(c, keras.layers.Layer)]
+    given = [set(inspect.signature(b.__init__).parameters) for b in bases]
+    return {"name", "trainable", "dtype"}.union(*given)
 
 
 def _counterpart(
@@ -429,13 +556,9 @@ def _counterpart(
         for second in added:
             constraint = _composed(constraint, second)
         config[name] = constraint
-    return cls(
-        **config,
-        feedback_initializer=method.feedback_initializer,
-        feedback_regularizer=method.feedback_regularizer,
-        feedback_constraint=method.feedback_constraint,
-        feedback_learning=method.feedback_learning,
-    )
+    for name in cls.feedback_arguments():  # of each kernel the method's
+        config[name] = getattr(method, f"feedback_{name.split('_')[-1]}")
+    return cls(**config)
 
 
 def _composed(first: Callable | None, second: Callable | None) -> object:
@@ -472,6 +595,7 @@ def _wire(
     error_from: str | None,
     loss: object,
     hidden: set[keras.Operation],
+    skip: set[str],
 ) -> tuple[keras.Model, _cloning.Clones]:
     """The model under DFA or DenseFA."""
     _check_wirable(model, feedback_maps)
@@ -481,10 +605,24 @@ def _wire(
     elif isinstance(model, keras.Sequential):
         flat = _cloning.functional(model)
     hidden = {flats.get(layer, layer) for layer in hidden}
-    graph = _wiring.Graph(
-        flat, lambda operation: type(operation) in _COUNTERPART
-    )
     dfa = method.wiring == "direct"
+
+    left = [layer for layer in _cloning.leaves(model) if layer.name in skip]
+    left = {flats.get(layer, layer) for layer in left}
+
+    def is_kernel(operation: keras.Operation) -> bool:
+        """Whether it sends or receives direct errors.
+
+        In DFA a layer that holds kernel layers receives them at its output.
+        What DenseFA sends are the errors at pre-activations, of which such a
+        layer has several.
+        """
+        ours = _COUNTERPART.get(type(operation), object)
+        if not dfa or issubclass(ours, FeedbackLayer):
+            return issubclass(ours, FeedbackLayer)
+        return _kernel_of(operation) is not None and operation not in left
+
+    graph = _wiring.Graph(flat, is_kernel)
     if dfa:
         named = _wiring.named(model, graph, flats)
         sends = graph.direct(*_named_ends(graph, named, taps, error_from))
@@ -502,7 +640,9 @@ def _wire(
     fused = {
         source.operation: _wiring.activation_of(source.operation)
         for source in sends
-        if type(source.operation) in _COUNTERPART
+        if issubclass(
+            _COUNTERPART.get(type(source.operation), object), FeedbackLayer
+        )
     }
     split = [
         layer
@@ -732,15 +872,25 @@ def _carry_feedback(
     }
     for old, stock in stocks.items():
         new = clones.get(stock, sends.get(old.name))
-        if (
-            hasattr(old, "stored_feedback")
-            and hasattr(new, "stored_feedback")
-            and _same_law(old.feedback_initializer, new.feedback_initializer)
-        ):
-            given = old.stored_feedback()
-            for name, variable in new.stored_feedback().items():
-                if name in given and given[name].shape == variable.shape:
+        for source, target in zip(_storing(old), _storing(new)):
+            given = source.stored_feedback()
+            for name, variable in target.stored_feedback().items():
+                if (
+                    name in given
+                    and given[name].shape == variable.shape
+                    and _same_law(source.law_of(name), target.law_of(name))
+                ):
                     variable.assign(ops.copy(given[name]))
+
+
+def _storing(layer: keras.Operation | None) -> list:
+    """What stores feedback in a layer: the layer, or those that it holds."""
+    if isinstance(layer, direct.SendError):
+        return [layer]
+    held = isinstance(layer, keras.layers.Layer) and not _cloning.is_graph(
+        layer
+    )
+    return feedback_layers(layer) if held else []
 
 
 def _give_units_signs(model: keras.Model) -> None:
@@ -816,29 +966,55 @@ def _compile_as(model: keras.Model, other: keras.Model) -> None:
     callbacks.refuse_averages(other)
 
 
-def _check_model(model: keras.Model) -> None:
-    if not _cloning.is_graph(model):
+def _check_model(model: keras.Model, subclassed: bool = False) -> None:
+    """Refuses what is no built model.
+
+    Args:
+        model: What was given.
+        subclassed: Whether it may be a model with a `call` of its own.
+    """
+    graph = _cloning.is_graph(model)
+    if not graph and not (subclassed and isinstance(model, keras.Model)):
+        others = ", and subclassed ones in place" if subclassed else ""
         raise ValueError(
-            "Only Functional and Sequential models can be converted. For a "
-            "subclassed model, use the FA layers in it directly. Received: "
-            f"{model!r} of type {type(model).__name__}"
+            "Only Functional and Sequential models can be converted"
+            f"{others}. Received: {model!r} of type {type(model).__name__}"
         )
-    if not model.built or not getattr(model, "inputs", None):
+    if not model.built or (graph and not getattr(model, "inputs", None)):
         raise ValueError(
             f"Model '{model.name}' is not built, so it has no weights yet. "
             "Begin it with a keras.Input, or call it on data first."
         )
 
 
+def _reached(model: keras.Model) -> dict[keras.Operation, keras.Operation]:
+    """The layers that `convert` sees: those of a model, and what they hold.
+
+    Returns:
+        By the layer, that layer of the model itself which it is part of.
+    """
+    tops = _cloning.leaves(model) if _cloning.is_graph(model) else None
+    found = {}
+    for top in _cloning.held(model) if tops is None else tops:
+        for layer in _cloning.reached(top, _is_known):
+            found.setdefault(layer, top)
+    return found
+
+
+def _is_known(layer: keras.Operation) -> bool:
+    return type(layer) in _COUNTERPART or isinstance(layer, FeedbackArguments)
+
+
 def _check_layers(model: keras.Model, skip: set[str]) -> None:
     """Refuses kernels that no FA layer stands for, and wrong names."""
-    names = [layer.name for layer in _cloning.leaves(model)]
+    reached = _reached(model)
+    names = [layer.name for layer in reached]
     for name in skip.difference(names):
         raise ValueError(
             f"No layer is named {name!r}. Received it in `skip`. The model's "
             f"layers: {', '.join(dict.fromkeys(names))}"
         )
-    for layer in _cloning.leaves(model):
+    for layer, top in reached.items():
         name = layer.name
         converted = type(layer) in _COUNTERPART
         if converted and name in skip:
@@ -847,14 +1023,37 @@ def _check_layers(model: keras.Model, skip: set[str]) -> None:
                 "counterpart. To leave backpropagation in it, give "
                 f"layers={{{name!r}: 'bp'}} and not skip."
             )
-        kernel = _kernel_of(layer)
-        if kernel is not None and not converted and name not in skip:
+        if converted and not layer.built:
             raise ValueError(
-                f"Layer '{name}' ({type(layer).__name__}) has a kernel, "
-                f"'{kernel.path}', and no FA counterpart. Give "
-                f"skip=[{name!r}] to leave it as it is: errors pass through "
-                "it exactly."
+                f"Layer '{name}' ({type(layer).__name__}) in '{top.name}' "
+                f"({type(top).__name__}) is not built. Call the model on data "
+                "that reaches it first."
             )
+        kernel = None if converted else _kept_kernel(layer)
+        if kernel is not None and skip.isdisjoint({name, top.name}):
+            within = "" if top is layer else f" in '{top.name}'"
+            within += "" if top is layer else f" ({type(top).__name__})"
+            raise ValueError(
+                f"Layer '{name}' ({type(layer).__name__}){within} has a "
+                f"kernel, '{kernel.path}', and no FA counterpart. Give "
+                f"skip=[{top.name!r}] to leave it as it is: errors pass "
+                "through it exactly."
+            )
+
+
+def _kept_kernel(layer: keras.layers.Layer) -> keras.Variable | None:
+    """A kernel that converting what a layer holds would not reach.
+
+    It is the layer's own, or one of a held layer that it reads by itself, or
+    calls apart for each step in time.
+    """
+    if not isinstance(layer, keras.layers.Layer):
+        return None
+    if isinstance(layer, keras.layers.TimeDistributed):
+        return _kernel_of(layer)
+    own = [w for w in _cloning.own_weights(layer) if w.name.endswith("kernel")]
+    read = [v for v in vars(layer).values() if isinstance(v, keras.Variable)]
+    return next((w for w in [*own, *read] if w.name.endswith("kernel")), None)
 
 
 def _kernel_of(layer: keras.Operation) -> keras.Variable | None:
@@ -900,7 +1099,7 @@ def _other_methods(
             f"layers={layers}. Leave `layers` out."
         )
     kinds = {}
-    for layer in _cloning.leaves(model):
+    for layer in _reached(model):
         kinds.setdefault(layer.name, set()).add(type(layer))
     others = {}
     for key, value in (layers or {}).items():

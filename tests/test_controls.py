@@ -415,7 +415,7 @@ def test_hidden_is_what_another_kernel_is_reached_from() -> None:
     assert still == {"shared", "inner", "up", "skip"}
 
 
-def test_a_layer_that_is_left_as_it_is_counts() -> None:
+def test_a_recurrent_layer_counts() -> None:
     stock = keras.Sequential(
         [
             keras.Input((5, 4)),
@@ -423,7 +423,7 @@ def test_a_layer_that_is_left_as_it_is_counts() -> None:
             layers.LSTM(2, name="lstm"),
         ]
     )
-    model = convert(stock, "frozen", skip="lstm")
+    model = convert(stock, "frozen")
     assert frozen_in(model) == {"below"}
 
 

@@ -864,3 +864,13 @@ def test_feedback_before_build_is_refused() -> None:
     ):
         with pytest.raises(AttributeError, match="Build the layer first"):
             read()
+
+
+def test_a_layer_itself_may_be_compiled() -> None:
+    layer = FADense(3, activation="relu")
+    x = references.normal((4, 5), 1)
+    layer.build(x.shape)
+    run = backends.compiled(layer, layer.variables)
+    references.assert_close(
+        references.array(run(x)), references.array(layer(x))
+    )

@@ -1259,7 +1259,7 @@ def test_node_i_is_call_i_of_a_clone(
 def test_any_graph_is_wired(build: Callable, method: str) -> None:
     stock = build()
     x = _examples(stock)
-    model = convert(stock, method, skip=_odd(stock))
+    model = convert(stock, method)
     assert np.array_equal(model(x), stock(x))
     assert _all_maps(model) or method == "dense_fa"  # two layers, no more
     assert np.array_equal(to_backprop(model)(x), stock(x))
@@ -1267,10 +1267,6 @@ def test_any_graph_is_wired(build: Callable, method: str) -> None:
     model.fit(x, np.ones(stock(x).shape), verbose=0)
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
     assert not np.array_equal(model(x), stock(x))
-
-
-def _odd(model: keras.Model) -> list[str]:
-    return [layer.name for layer in model.layers if layer.name == "odd"]
 
 
 @backends.requires_tensorflow

@@ -7,6 +7,8 @@ the pre-activation, and op^T(., B) the transpose of the layer's linear operation
 with B in the place of W. dW and db are always exact.
 """
 
+from keras_fa.layers.attention import FAGroupQueryAttention
+from keras_fa.layers.attention import FAMultiHeadAttention
 from keras_fa.layers.convolutional import FAConv1D
 from keras_fa.layers.convolutional import FAConv1DTranspose
 from keras_fa.layers.convolutional import FAConv2D
@@ -19,8 +21,16 @@ from keras_fa.layers.convolutional import FASeparableConv1D
 from keras_fa.layers.convolutional import FASeparableConv2D
 from keras_fa.layers.dense import FADense
 from keras_fa.layers.dense import FAEinsumDense
+from keras_fa.layers.recurrent import FAGRU
+from keras_fa.layers.recurrent import FALSTM
+from keras_fa.layers.recurrent import FAGRUCell
+from keras_fa.layers.recurrent import FALSTMCell
+from keras_fa.layers.recurrent import FASimpleRNN
+from keras_fa.layers.recurrent import FASimpleRNNCell
 
 __all__ = [
+    "FAGRU",
+    "FALSTM",
     "FAConv1D",
     "FAConv1DTranspose",
     "FAConv2D",
@@ -31,6 +41,12 @@ __all__ = [
     "FADepthwiseConv1D",
     "FADepthwiseConv2D",
     "FAEinsumDense",
+    "FAGRUCell",
+    "FAGroupQueryAttention",
+    "FALSTMCell",
+    "FAMultiHeadAttention",
     "FASeparableConv1D",
     "FASeparableConv2D",
+    "FASimpleRNN",
+    "FASimpleRNNCell",
 ]

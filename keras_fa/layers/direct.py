@@ -207,6 +207,10 @@ class SendError(keras.layers.Layer):
         """The kernels of the maps, by their receivers."""
         return dict(zip(self.receivers, self.maps))
 
+    def law_of(self, stored: str) -> object:
+        """The argument that says what a weight of `stored_feedback` is."""
+        return self.feedback_initializer
+
     def call(self, inputs: list[Tensor]) -> Tensor:
         source, *receivers = inputs
         if _gradients.in_backpropagation():

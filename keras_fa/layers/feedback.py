@@ -35,6 +35,7 @@ from keras_fa import constraints
 from keras_fa import initializers
 from keras_fa import learning
 from keras_fa import regularizers
+from keras_fa._cloning import all_layers
 from keras_fa._types import Draw
 from keras_fa._types import Identifier
 from keras_fa._types import Store
@@ -46,6 +47,17 @@ _FEEDBACK_ARGUMENTS = (
     "feedback_constraint",
     "feedback_learning",
 )
+# What each of them resolves, by its last word.
+RESOLVED = {
+    "initializer": lambda given: initializers.drawn_apart(
+        initializers.get(given)
+    ),
+    "regularizer": regularizers.get,
+    "constraint": lambda given: copy.copy(
+        initializers.drawn_apart(constraints.get(given))
+    ),
+    "learning": learning.get,
+}
 _REFUSED_ARGUMENTS = ("lora_rank", "lora_alpha", "quantization_config")
 
 
@@ -62,11 +74,13 @@ class FeedbackPath:
     Attributes:
         kernel: The forward kernel.
         feedback_kernel: The stored weight; `None` where nothing is stored.
+        initializer: What it starts from, as the layer's argument.
         stored: That one, if there is one, and the rule's variables, by name.
         rule: The rule.
         learning: What moves the stored weight; `None` where nothing does.
         fixed: What the kernel's constraint remembers of it.
         mixes: Whether each input meets all outputs.
+        in_loop: As of the layer.
         attributes: What the layer is to have as attributes, by name: the
             stored feedback kernel, what the rule keeps, and what the kernel's
             constraint remembers where that is a weight.
@@ -74,21 +88,21 @@ class FeedbackPath:
 
     def __init__(self, layer: "FeedbackLayer", name: str) -> None:
         self.kernel = kernel = getattr(layer, name)
-        given = layer.feedback_constraint
+        given = layer.given(name, "constraint")
         self.rule = (
             constraints.Stored(None) if given is None else copy.copy(given)
         )
-        self.learning = layer.feedback_learning
-        learns = self.learning is not None and self.learning.in_step
+        self.learning = layer.given(name, "learning")
+        learns = self.learns
         self.fixed = constraints.Chain(constraints.parts_of(kernel.constraint))
+        self.in_loop = layer.in_loop
         self.mixes = name not in layer.depthwise_kernels
-        law = layer.feedback_initializer
+        law = self.initializer = layer.given(name, "initializer")
         self.rule.initializer = layer._drawn_from[name] if law is None else law
         self.feedback_kernel = None
         self.attributes = {}
-        pairwise = isinstance(
-            layer.feedback_regularizer, regularizers.FeedbackRegularizer
-        )
+        regularizer = layer.given(name, "regularizer")
+        pairwise = isinstance(regularizer, regularizers.FeedbackRegularizer)
         if self.rule.stores_feedback_kernel or pairwise:
             distribution = keras.distribution.distribution()
             self.feedback_kernel = keras.Variable(
@@ -108,12 +122,12 @@ class FeedbackPath:
             )
             self.attributes["feedback_kernel"] = self.feedback_kernel
             if learns and not pairwise:
-                given = layer.feedback_regularizer
+                given = regularizer
                 if given is None and self.learning.decays_as_kernel:
                     given = kernel.regularizer
                 self.feedback_kernel.regularizer = given
         if pairwise:
-            own, of_pair = kernel.regularizer, layer.feedback_regularizer
+            own, of_pair = kernel.regularizer, regularizer
 
             def penalty(kernel: Tensor) -> Tensor:
                 target = ops.stop_gradient(self.feedback_kernel)
@@ -178,7 +192,7 @@ class FeedbackPath:
 
     def _draw(self, layer: "FeedbackLayer", name: str) -> Draw:
         """What the stored feedback kernel starts from."""
-        given, kernel, rule = layer.feedback_initializer, self.kernel, self.rule
+        given, kernel, rule = self.initializer, self.kernel, self.rule
         if not isinstance(given, initializers.KernelMagnitude):
             return initializers.independent(
                 given, layer._drawn_from[name], kernel.path
@@ -204,12 +218,21 @@ class FeedbackPath:
         return isinstance(self.rule, constraints.TiedKernel)
 
     @property
+    def learns(self) -> bool:
+        """Whether B receives a gradient in each training step."""
+        return self.learning is not None and self.learning.in_step
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether a `MirrorPhase` moves the stored feedback kernel."""
+        return self.learning is not None and not self.learning.in_step
+
+    @property
     def moves(self) -> bool:
         """Whether training is to move the stored feedback kernel."""
         if self.feedback_kernel is None:
             return False
-        mirrored = self.learning is not None and not self.learning.in_step
-        return self.feedback_kernel.trainable or mirrored
+        return self.feedback_kernel.trainable or self.mirrored
 
     @property
     def full_dtype(self) -> str:
@@ -276,7 +299,59 @@ class FeedbackPath:
             )
 
 
-class FeedbackLayer:
+class FeedbackArguments:
+    """Mixin: a Keras layer that takes the `feedback_*` arguments.
+
+    Attributes:
+        stock_class: The stock layer's class.
+        kernel_constraint_arguments: Its arguments that constrain kernels.
+        prefixes: Of a kernel's name, where the kernel has feedback arguments
+            of its own, what these begin with (`recurrent_feedback_*`).
+    """
+
+    stock_class: ClassVar[type] = object
+    kernel_constraint_arguments: ClassVar[tuple[str, ...]] = (
+        "kernel_constraint",
+    )
+    prefixes: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        bases = (b for b in cls.__mro__ if not issubclass(b, FeedbackArguments))
+        cls.stock_class = next(bases)
+        if issubclass(cls, keras.layers.Layer):
+            # A subclass with an __init__ of its own has that one's.
+            owner = next(b for b in cls.__mro__ if "__init__" in vars(b))
+            ours = not issubclass(owner, keras.layers.Layer)
+            added = cls.feedback_arguments()
+            cls.__signature__ = _OfClass(
+                _signature(cls.stock_class, added) if ours else None
+            )
+
+    @classmethod
+    def feedback_arguments(cls) -> list[str]:
+        """The names of the feedback arguments."""
+        return [
+            f"{prefix}{name}"
+            for prefix in ("", *dict.fromkeys(cls.prefixes.values()))
+            for name in _FEEDBACK_ARGUMENTS
+        ]
+
+    def given(self, kernel: str, argument: str) -> object:
+        """The feedback argument of a kernel, such as its "constraint"."""
+        prefix = self.prefixes.get(kernel, "")
+        return getattr(self, f"{prefix}feedback_{argument}")
+
+    def get_config(self) -> dict:
+        serialize = keras.saving.serialize_keras_object
+        family = {
+            name: serialize(getattr(self, name))
+            for name in self.feedback_arguments()
+        }
+        return super().get_config() | family
+
+
+class FeedbackLayer(FeedbackArguments):
     """Mixin: a Keras layer whose errors go down through feedback kernels.
 
     Args:
@@ -303,7 +378,9 @@ class FeedbackLayer:
             `keras_fa.constraints` or a list of constraints.
 
     Attributes:
-        stock_class: The stock layer's class.
+        kernel_names: The names of the kernels, as x meets them.
+        in_loop: Whether it is called in a loop over time, which no tensor of a
+            step can be taken out of.
         built_shape: The input shape that the layer was built for.
         stock_peers: The names of the layers of the stock layer's class, in the
             order of the stock model, where `convert` made this layer. A stock
@@ -318,31 +395,12 @@ class FeedbackLayer:
     """
 
     kernel_names: ClassVar[tuple[str, ...]] = ("kernel",)
-    kernel_constraint_arguments: ClassVar[tuple[str, ...]] = (
-        "kernel_constraint",
-    )
     depthwise_kernels: ClassVar[tuple[str, ...]] = ()
+    in_loop: ClassVar[bool] = False
     stock_peers: tuple[str, ...] = ()
-    stock_class: ClassVar[type] = object
 
-    def __init_subclass__(cls, **kwargs: object) -> None:
-        super().__init_subclass__(**kwargs)
-        bases = (b for b in cls.__mro__ if not issubclass(b, FeedbackLayer))
-        cls.stock_class = next(bases)
-        if issubclass(cls, keras.layers.Layer):
-            # A subclass with an __init__ of its own has that one's.
-            ours = cls.__init__ is FeedbackLayer.__init__
-            cls.__signature__ = _signature(cls.stock_class) if ours else None
-
-    def __init__(
-        self,
-        *args: object,
-        feedback_initializer: Identifier = None,
-        feedback_regularizer: Identifier = None,
-        feedback_constraint: Identifier = None,
-        feedback_learning: Identifier = None,
-        **kwargs: object,
-    ) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        family = {n: kwargs.pop(n, None) for n in self.feedback_arguments()}
         given = inspect.signature(super().__init__).bind(*args, **kwargs)
         for name in self.kernel_constraint_arguments:
             if name in given.arguments:
@@ -352,14 +410,8 @@ class FeedbackLayer:
             value = getattr(self, name, None)
             if value is not None:
                 _refuse(type(self).__name__, f"{name}={value}")
-        self.feedback_initializer = initializers.drawn_apart(
-            initializers.get(feedback_initializer)
-        )
-        self.feedback_regularizer = regularizers.get(feedback_regularizer)
-        self.feedback_constraint = copy.copy(
-            initializers.drawn_apart(constraints.get(feedback_constraint))
-        )
-        self.feedback_learning = learning.get(feedback_learning)
+        for name, value in family.items():
+            setattr(self, name, RESOLVED[name.split("_")[-1]](value))
         self._drawn_from = {}
 
     @property
@@ -571,6 +623,11 @@ class FeedbackLayer:
             for key, variable in path.stored.items()
         }
 
+    def law_of(self, stored: str) -> object:
+        """The argument that says what a weight of `stored_feedback` is."""
+        names = [n for n in self.kernel_names if stored.startswith(f"{n}_")]
+        return self.given(names[0], "initializer")
+
     def effective_feedback_kernel(self) -> Tensor | tuple:
         """B, the kernel that carries the error now.
 
@@ -593,13 +650,11 @@ class FeedbackLayer:
 
     def restart(self) -> None:
         """Takes a B_0 that follows from W_0 anew, where W_0 was replaced."""
-        if not isinstance(
-            self.feedback_initializer, initializers.KernelMagnitude
-        ):
-            return
         for name, path in zip(self.kernel_names, self.feedback_paths):
             stored = path.feedback_kernel
-            if stored is not None:
+            if stored is not None and isinstance(
+                path.initializer, initializers.KernelMagnitude
+            ):
                 stored.assign(
                     path._draw(self, name)(stored.shape, stored.dtype)
                 )
@@ -689,11 +744,6 @@ class FeedbackLayer:
             "load it with `keras_fa.load_stock_weights(model, filepath)`."
         )
 
-    def get_config(self) -> dict:
-        serialize = keras.saving.serialize_keras_object
-        family = {n: serialize(getattr(self, n)) for n in _FEEDBACK_ARGUMENTS}
-        return super().get_config() | family
-
 
 _UNSUPPORTED = (
     "FA layers support neither LoRA nor quantization, which replace the kernel "
@@ -750,14 +800,29 @@ def _one_or_all(values: Iterator) -> object:
     return values[0] if len(values) == 1 else values
 
 
-def _signature(stock: type) -> inspect.Signature:
-    """The stock layer's arguments with the feedback family added."""
+class _OfClass:
+    """What a class has as an attribute, and its instances do not.
+
+    `tf.function(layer)` takes an instance's signature for that of a call.
+    """
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __get__(self, instance: object, owner: type) -> object:
+        if instance is not None:
+            raise AttributeError("an attribute of the class alone")
+        return self.value
+
+
+def _signature(stock: type, added: list[str]) -> inspect.Signature:
+    """The stock layer's arguments with the feedback arguments added."""
     parameters = dict(inspect.signature(stock).parameters)
     for name in _REFUSED_ARGUMENTS:
         parameters.pop(name, None)
     feedback = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in _FEEDBACK_ARGUMENTS
+        for name in added
     ]
     return inspect.Signature(
         sorted([*parameters.values(), *feedback], key=lambda p: p.kind)
@@ -769,13 +834,6 @@ def feedback_layers(layer: keras.layers.Layer) -> list[FeedbackLayer]:
     return [
         inner for inner in all_layers(layer) if isinstance(inner, FeedbackLayer)
     ]
-
-
-def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """A layer and all layers in it, however deep, each once."""
-    # Keras's own walk, private: a public one would have to know every kind of
-    # container that layers are held in.
-    return list(layer._flatten_layers())
 
 
 def all_variables(layer: keras.layers.Layer) -> list[keras.Variable]:

@@ -1,0 +1,315 @@
+"""Layers that hold layers, subclassed models, and models as Keras has them."""
+
+import logging
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import references
+from backends import array
+from keras import layers
+from keras import ops
+
+import keras_fa
+from keras_fa import convert
+from keras_fa import to_backprop
+from keras_fa.alignment import named_paths
+from keras_fa.layers.feedback import feedback_layers
+
+TOKENS = np.random.default_rng(0).integers(1, 9, (4, 5))
+IMAGES = references.normal((2, 8, 8, 3), 1)
+TARGETS = references.normal((4, 2), 4)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class TransformerBlock(layers.Layer):
+    """As in Keras's guide to text classification."""
+
+    def __init__(self, dim: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.dim = dim
+        self.attention = layers.MultiHeadAttention(2, dim, name="attention")
+        self.feed_forward = keras.Sequential(
+            [
+                layers.Dense(8, activation="relu", name="wide"),
+                layers.Dense(dim, name="narrow"),
+            ]
+        )
+        self.norms = [layers.LayerNormalization() for _ in range(2)]
+        self.dropout = layers.Dropout(0.1)
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        x = self.attention(inputs, inputs)
+        x = self.norms[0](inputs + self.dropout(x, training=training))
+        return self.norms[1](x + self.feed_forward(x))
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "dim": self.dim}
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class PatchEncoder(layers.Layer):
+    """As in Keras's example of a Vision Transformer."""
+
+    def __init__(self, patches: int, dim: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.patches, self.dim = patches, dim
+        self.projection = layers.Dense(dim, name="projection")
+        self.position = layers.Embedding(patches, dim)
+
+    def call(self, patch: Any) -> Any:
+        positions = ops.expand_dims(ops.arange(self.patches), axis=0)
+        return self.projection(patch) + self.position(positions)
+
+    def get_config(self) -> dict:
+        config = {"patches": self.patches, "dim": self.dim}
+        return {**super().get_config(), **config}
+
+
+def text_classifier() -> keras.Model:
+    start = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(9, 4)(start)
+    x = TransformerBlock(4, name="block")(x)
+    x = layers.Bidirectional(
+        layers.LSTM(3, return_sequences=True, name="inner"), name="both"
+    )(x)
+    x = layers.RNN(
+        layers.StackedRNNCells([layers.GRUCell(3), layers.LSTMCell(2)]),
+        name="stacked",
+    )(x)
+    return keras.Model(start, layers.Dense(2, name="readout")(x))
+
+
+def vision_transformer() -> keras.Model:
+    start = keras.Input((8, 8, 3))
+    patches = ops.image.extract_patches(start, 4)
+    x = PatchEncoder(4, 6, name="encoder")(ops.reshape(patches, (-1, 4, 48)))
+    y = layers.LayerNormalization(epsilon=1e-6)(x)
+    y = layers.MultiHeadAttention(2, 3, dropout=0.1, name="attention")(y, y)
+    x = layers.Add()([x, y])
+    y = layers.LayerNormalization(epsilon=1e-6)(x)
+    y = layers.Dense(8, activation=keras.activations.gelu, name="mlp")(y)
+    x = layers.Add()([x, layers.Dense(6, name="back")(y)])
+    x = layers.Flatten()(layers.LayerNormalization(epsilon=1e-6)(x))
+    return keras.Model(start, layers.Dense(2, name="readout")(x))
+
+
+def autoencoder() -> keras.Model:
+    """Two outputs: the image and a class."""
+    start = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, strides=2, padding="same", name="encode")(start)
+    code = layers.LeakyReLU()(x)
+    x = layers.Conv2DTranspose(
+        3, 3, strides=2, padding="same", activation="sigmoid", name="decode"
+    )(code)
+    label = layers.Dense(2, name="label")(layers.Flatten()(code))
+    return keras.Model(start, [x, label])
+
+
+WANTED = {
+    "block/attention/query",
+    "block/wide",
+    "block/narrow",
+    "both/forward_inner/lstm_cell/recurrent_kernel",
+    "both/backward_inner/lstm_cell/kernel",
+    "stacked/stacked_rnn_cells/gru_cell/kernel",
+    "readout",
+}
+
+
+def test_held_layers_are_converted(tmp_path: Any) -> None:
+    stock = text_classifier()
+    for i, variable in enumerate(stock.weights):
+        variable.assign(variable + 0.01 * i)
+    y = array(stock(TOKENS))
+    model = convert(stock, "fa", layers={"wide": "fa_usf_sn"})
+    assert not feedback_layers(stock)  # which is left as it is
+    np.testing.assert_array_equal(array(model(TOKENS)), y)
+    paths = named_paths(model)
+    assert paths.keys() >= WANTED
+    assert paths["block/wide"].rule.sign_concordant
+    assert len(model.weights) == len(stock.weights) + len(paths) - 1
+    before = {
+        name: array(p.feedback_kernel)
+        for name, p in paths.items()
+        if p.feedback_kernel is not None
+    }
+    model.compile("sgd", "mse")
+    model.fit(TOKENS, TARGETS, verbose=0)
+    after = convert(model, "fa")  # stored kernels go on with their values
+    for name, path in named_paths(after).items():
+        if name in before:
+            np.testing.assert_array_equal(
+                array(path.feedback_kernel), before[name]
+            )
+    plain = to_backprop(model)
+    assert not feedback_layers(plain)
+    for a, b in zip(plain.weights, stock.weights):
+        assert a.shape == b.shape
+    np.testing.assert_array_equal(array(plain(TOKENS)), array(model(TOKENS)))
+    model.save_weights(tmp_path / "w.weights.h5")
+    twin = convert(stock, "fa", layers={"wide": "fa_usf_sn"})
+    twin.load_weights(tmp_path / "w.weights.h5")
+    for a, b in zip(model.weights, twin.weights):
+        np.testing.assert_array_equal(array(a), array(b))
+
+
+def test_stock_wrappers_keep_what_they_hold_in_a_file(tmp_path: Any) -> None:
+    start = keras.Input((5, 4))
+    x = layers.Bidirectional(layers.SimpleRNN(3), name="both")(start)
+    model = convert(keras.Model(start, x), "fa")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert named_paths(loaded).keys() == named_paths(model).keys()
+    for a, b in zip(model.weights, loaded.weights):
+        np.testing.assert_array_equal(array(a), array(b))
+
+
+@pytest.mark.parametrize("method", ["fa_usf_sn", "dfa"])
+def test_a_vision_transformer(method: str) -> None:
+    stock = vision_transformer()
+    model = convert(stock, method)
+    np.testing.assert_array_equal(array(model(IMAGES)), array(stock(IMAGES)))
+    assert named_paths(model).keys() >= {
+        "encoder/projection",
+        "attention/query",
+        "mlp",
+    }
+    if method == "dfa":  # a block that is not one kernel layer receives, too
+        assert "encoder_stop_error" in [layer.name for layer in model.layers]
+    model.compile("sgd", "mse")
+    before = [array(w) for w in model.trainable_weights]
+    model.fit(IMAGES, TARGETS[:2], verbose=0)
+    moved = [
+        w.path
+        for w, old in zip(model.trainable_weights, before)
+        if not np.array_equal(array(w), old)
+    ]
+    assert any("projection" in path for path in moved)
+    plain = to_backprop(model)
+    assert not feedback_layers(plain)
+    np.testing.assert_array_equal(array(plain(IMAGES)), array(model(IMAGES)))
+
+
+def test_an_autoencoder_with_two_outputs() -> None:
+    stock = autoencoder()
+    model = convert(stock, "fa_usf_sn")
+    for a, b in zip(model(IMAGES), stock(IMAGES)):
+        np.testing.assert_array_equal(array(a), array(b))
+    assert sorted(named_paths(model)) == ["decode", "encode", "label"]
+    model.compile("sgd", ["mse", "mse"])
+    before = array(model.get_layer("encode").kernel)
+    model.fit(IMAGES, [IMAGES, TARGETS[:2]], verbose=0)
+    assert np.abs(array(model.get_layer("encode").kernel) - before).max() > 0
+    with pytest.raises(ValueError, match="one output"):
+        convert(stock, "dfa")
+
+
+class Subclassed(keras.Model):
+    """A model whose `call` is a program."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = TransformerBlock(4, name="block")
+        self.embedding = layers.Embedding(9, 4)
+        self.pool = layers.GlobalAveragePooling1D()
+        self.readout = layers.Dense(2, name="readout")
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        x = self.block(self.embedding(inputs), training=training)
+        return self.readout(self.pool(x))
+
+
+def test_a_subclassed_model_is_converted_in_place(caplog: Any) -> None:
+    model = Subclassed()
+    with pytest.raises(ValueError, match="not built"):
+        convert(model, "fa")
+    model.compile("sgd", "mse")
+    y = array(model(TOKENS))
+    shapes = [w.shape for w in model.weights]
+    with caplog.at_level(logging.INFO, "keras_fa"):
+        assert convert(model, "fa") is model
+    assert "converted in place" in caplog.text
+    np.testing.assert_array_equal(array(model(TOKENS)), y)
+    assert type(model.readout) is keras_fa.FADense
+    paths = named_paths(model)
+    assert paths.keys() >= {"block/attention/query", "block/wide", "readout"}
+    stored = {name: array(p.feedback_kernel) for name, p in paths.items()}
+    model.fit(TOKENS, TARGETS, verbose=0)
+    assert not np.array_equal(array(model(TOKENS)), y)
+    convert(model, "fa_usf_init")
+    for name, path in named_paths(model).items():
+        np.testing.assert_array_equal(array(path.feedback_kernel), stored[name])
+    y = array(model(TOKENS))
+    assert to_backprop(model) is model
+    assert not feedback_layers(model)
+    assert [w.shape for w in model.weights] == shapes
+    np.testing.assert_array_equal(array(model(TOKENS)), y)
+    for method in ("dfa", "frozen"):
+        with pytest.raises(ValueError, match="as a Functional model"):
+            convert(model, method)
+
+
+class Partly(Subclassed):
+    """A model with a layer that its `call` does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = layers.Dense(2, name="unused")
+
+
+def test_nothing_is_converted_where_one_layer_cannot_be() -> None:
+    model = Partly()
+    model(TOKENS)
+    with pytest.raises(ValueError, match=r"'unused' .* is not built"):
+        convert(model, "fa")
+    assert not feedback_layers(model)
+
+
+class OwnKernel(layers.Layer):
+    """A kernel of its own beside a layer that it holds."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.inner = layers.Dense(4, name="inner")
+
+    def build(self, shape: tuple) -> None:
+        self.kernel = self.add_weight(shape=(4, 4), name="kernel")
+        self.inner.build(shape)
+
+    def call(self, x: Any) -> Any:
+        return self.inner(x @ self.kernel)
+
+
+class NoConfig(layers.Layer):
+    """A layer that its config does not make again."""
+
+    def __init__(self, inner: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.inner = inner
+
+    def call(self, x: Any) -> Any:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: OwnKernel(name="odd"), r"'odd' \(OwnKernel\) has a kernel"),
+        (
+            lambda: NoConfig(layers.Dense(4), name="odd"),
+            r"'odd' \(NoConfig\) cannot be made again",
+        ),
+        (
+            lambda: NoConfig(OwnKernel(name="deep"), name="odd"),
+            r"'deep' \(OwnKernel\) in 'odd' \(NoConfig\).*skip=\['odd'\]",
+        ),
+    ],
+    ids=["own_kernel", "no_config", "deep"],
+)
+def test_refused(make: Any, said: str) -> None:
+    start = keras.Input((4,))
+    stock = keras.Model(start, layers.Dense(2)(make()(start)))
+    with pytest.raises(ValueError, match=said):
+        convert(stock, "fa")
