@@ -689,7 +689,8 @@ class FeedbackLayer(FeedbackArguments):
                 f"another layer. Layer '{self.name}' ({type(self).__name__}) "
                 f"holds {', '.join([*stock, *ours])}. Received: "
                 f"{', '.join(found)}. Load the file into a model like the one "
-                "that it was saved from."
+                "that it was saved from, a stock model's by "
+                "`keras_fa.load_stock_weights(model, filepath)`."
             )
         for name, variable in stock.items():
             variable.assign(store[name])
