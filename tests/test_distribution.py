@@ -1,17 +1,30 @@
 """Several devices of JAX by `keras.distribution`, against one of them."""
 
+import json
+from pathlib import Path
+
 import forks
 import pytest
 from backends import ON_TENSORFLOW
+from test_strategies import COMMON
+from test_strategies import WORKER
+from test_strategies import assert_close
+from test_strategies import folder_of
+
+from experiment import devices
+from experiment.errors import UserError
 
 pytestmark = pytest.mark.skipif(
     ON_TENSORFLOW, reason="tf.distribute is tested in test_strategies.py"
 )
-DEVICES = 4
+METHODS = ("fa_usf_sn", "fa_usf_const_ei", "dfa", "kolen_pollack")
 
 # What the programs below have in common. The network is smooth: rounding turns
 # no unit on or off.
-_COMMON = """
+_COMMON = f"""
+METHODS = {METHODS}
+"""
+_COMMON += """
 import keras
 import numpy as np
 from keras import distribution
@@ -48,7 +61,8 @@ def trained(method, spread=None):
 
 
 def assert_equal(model, other):
-    variables, others = (m.weights + m.optimizer.variables for m in (model, other))
+    models = model, other
+    variables, others = (m.weights + m.optimizer.variables for m in models)
     assert len(variables) == len(others)
     for variable, other in zip(variables, others):
         np.testing.assert_allclose(
@@ -59,31 +73,97 @@ def assert_equal(model, other):
 _REPLICATED = (
     _COMMON
     + """
-for method in ("fa_usf_sn", "fa_usf_const_ei", "dfa", "kolen_pollack"):
+for method in METHODS:
     alone = trained(method)
-    for count in (2, 4):
-        devices = distribution.list_devices()[:count]
-        model = trained(method, distribution.DataParallel(devices=devices))
-        for variable in model.weights:
-            on_each = variable.value.addressable_shards
-            assert len(on_each) == count, variable.path
-            for shard in on_each:
-                np.testing.assert_array_equal(shard.data, on_each[0].data)
-        assert_equal(model, alone)
-        print(method, count)
+    model = trained(method, distribution.DataParallel())
+    for variable in model.weights:
+        on_each = variable.value.addressable_shards
+        assert len(on_each) == len(distribution.list_devices())
+        for shard in on_each:
+            np.testing.assert_array_equal(shard.data, on_each[0].data)
+    assert_equal(model, alone)
+    print(method, len(on_each))
 """
 )
 
 
-@pytest.fixture(autouse=True)
-def virtual_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs that tests start have several CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={DEVICES}"
+def virtual(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that a test starts have several CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={count}"
     monkeypatch.setenv("XLA_FLAGS", flags)
 
 
-def test_replicas_equal_one_device() -> None:
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_replicas_equal_one_device(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each of them has all weights, which are equal to the bit."""
+    virtual(count, monkeypatch)
     done = forks.run("-c", _REPLICATED)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 4 * 2
+    expected = "".join(f"{method} {count}\n" for method in METHODS)
+    assert done.stdout == expected
+
+
+# The program.
+
+
+def options(runs_dir: Path, *others: str) -> str:
+    """A command line of the program."""
+    return " ".join([COMMON, f"--runs_dir={runs_dir}", *others])
+
+
+def result_of(runs_dir: Path, method: str) -> dict:
+    return json.loads((folder_of(runs_dir, method) / "result.json").read_text())
+
+
+def test_program_on_four_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped inside an epoch, goes on, and equals one device."""
+    monkeypatch.setenv("STOP", "4")
+    four, one = tmp_path / "4", tmp_path / "1"
+    spread = "--strategy=data_parallel --virtual_devices=4 --resume"
+    done = forks.run(WORKER, *[options(four, spread)] * 2, options(one))
+    assert done.returncode == 0, done.stderr
+    assert "stopped in epoch 2, after step 4" in done.stdout
+    assert "1 of 2 epochs are trained, and 4 of 10 steps" in done.stdout
+    assert_close(folder_of(four, "fa_usf_sn"), folder_of(one, "fa_usf_sn"))
+    result = result_of(four, "fa_usf_sn")
+    assert (result["replicas"], result["workers"]) == (4, 1)
+
+
+ADDRESSES, NUMBER, PLACE = devices.PROCESSES
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (("", "", ""), None),
+        (("host0:1", "3", "2"), (2, 3, "host0:1")),
+        (("a:1,b:2", "2", "0"), (0, 2, "a:1,b:2")),
+    ],
+)
+def test_processes(values: tuple, expected: tuple | None) -> None:
+    assert devices.processes(dict(zip(devices.PROCESSES, values))) == expected
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ("host0:1", "", "0"),
+        ("", "2", "0"),
+        ("host0", "2", "0"),
+        ("host0:1", "two", "0"),
+        ("host0:1", "2", "2"),
+        ("host0:1", "2", "-1"),
+        ("a:1,b:2", "3", "0"),
+    ],
+)
+def test_wrong_processes(
+    values: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in zip(devices.PROCESSES, values):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="do not describe processes"):
+        devices.data_parallel(0, None)

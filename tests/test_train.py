@@ -598,10 +598,11 @@ if ON_TENSORFLOW:
         ("--dataset=imagenet2012 --data_dir={here}", "tfds build"),
         ("--dataset=imagenet2012 --download", "--data_dir"),
         ("--jit_compile --dataset=cifar10", "KERAS_BACKEND=jax"),
+        ("--strategy=data_parallel", "KERAS_BACKEND=jax"),
     ]
 else:
     BAD_INPUT += [
-        ("--strategy=mirrored", "KERAS_BACKEND=tensorflow"),
+        ("--strategy=mirrored", "--strategy=data_parallel"),
         ("--nojit_compile", "KERAS_BACKEND=tensorflow"),
     ]
 

@@ -64,16 +64,19 @@ EXPLANATION = (
 class Board(keras.callbacks.Callback):
     """Writes a run's settings, curves and first filters for TensorBoard.
 
-    Of several workers the chief alone has one.
-
     Args:
         folder: The run's.
         recorded: The run's settings, by name; those of `SETTINGS` are shown.
         every: Epochs between two images of the filters. Default 0: none.
+        writes: Whether this is the worker that writes. Default: it is.
     """
 
     def __init__(
-        self, folder: Path, recorded: dict[str, Any], every: int = 0
+        self,
+        folder: Path,
+        recorded: dict[str, Any],
+        every: int = 0,
+        writes: bool = True,
     ) -> None:
         super().__init__()
         self.folder = folder
@@ -83,9 +86,13 @@ class Board(keras.callbacks.Callback):
             if recorded.get(name) is not None
         }
         self.every = every
+        self.writes = writes
         self._writer = None
 
     def on_train_begin(self, logs: dict | None = None) -> None:
+        if not self.writes:
+            self._writer = tf.summary.create_noop_writer()
+            return
         for file in self.folder.glob(f"events.out.tfevents.*{SUFFIX}"):
             file.unlink()
         write_hparams(

@@ -60,7 +60,8 @@ def build(config: SimpleNamespace) -> keras.Model:
         dropout=config.dropout,
         normalization=config.normalization,
         image_size=config.image_size,
-        synchronized=config.strategy != "none",
+        # JAX's batches are global ones.
+        synchronized=config.strategy != "none" and config.backend != "jax",
     )
     method = scaled(METHODS[config.method], config.feedback_scale)
     if config.fixed_signs == "unit":

@@ -205,10 +205,13 @@ class Run:
             ),
         )
         if self.progress.checkpoint is not None:
-            self.placement.tell(
-                lambda: checkpoint.restore(self.progress, self.model)
+            self.placement.restore(
+                self.model,
+                self.progress.checkpoint,
+                lambda file: checkpoint.restore(
+                    self.progress, self.model, file
+                ),
             )
-            self.placement.spread(self.model)
 
     def _announce(self) -> None:
         done = (
@@ -304,12 +307,11 @@ class Run:
         """The method's, those that look on, and what writes the folder."""
         callbacks = METHODS[self.config.method].callbacks()
         monitor = None
-        if self.placement.chief:
+        if self.placement.measures:
             watching, monitor = self._watchers()
-            callbacks += [
-                *watching,
-                Console(self.config.epochs, self.steps_per_epoch),
-            ]
+            callbacks += watching
+        if self.placement.chief:
+            callbacks.append(Console(self.config.epochs, self.steps_per_epoch))
         return [
             *callbacks,
             keras.callbacks.TerminateOnNaN(),
@@ -344,7 +346,9 @@ class Run:
                         PHOTO_PROBE_SIZE if streamed else PROBE_SIZE
                     )
                 ),
-                log_dir=str(self.folder) if curves else None,
+                log_dir=str(self.folder)
+                if curves and self.placement.chief
+                else None,
                 every=config.alignment_every,
             )
             callbacks.append(monitor)
@@ -352,9 +356,14 @@ class Run:
             from experiment.board import Board
 
             callbacks.append(
-                Board(self.folder, self.recorded, config.alignment_every)
+                Board(
+                    self.folder,
+                    self.recorded,
+                    config.alignment_every,
+                    writes=self.placement.chief,
+                )
             )
-        else:
+        elif self.placement.chief:
             print("No TensorBoard files: tensorflow or tensorboard is missing.")
         return callbacks, monitor
 

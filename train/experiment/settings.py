@@ -18,6 +18,8 @@ from absl import flags
 
 from experiment import commandline
 from experiment.datasets import DATASETS
+from experiment.devices import ON_JAX
+from experiment.devices import SPLITTING
 from experiment.devices import STRATEGIES
 from experiment.errors import UserError
 from experiment.model import OPTIMIZERS
@@ -359,7 +361,9 @@ TABLE = (
         "none: one device. On TensorFlow also mirrored: all GPUs of this "
         "machine, or its CPU; multi_worker: those of all machines in the "
         "environment variable TF_CONFIG, each of which runs this command; tpu: "
-        "a TPU.",
+        "a TPU. On JAX data_parallel: all devices of this machine, or of all "
+        "in the environment variables KERAS_DISTRIBUTION_..., or of a TPU "
+        "slice, each of which runs this command.",
     ),
     Setting(
         "tpu",
@@ -375,7 +379,7 @@ TABLE = (
         int,
         0,
         "With --strategy=mirrored: number of logical devices to split the GPU "
-        "or CPU into; 0 splits nothing.",
+        "or CPU into; with data_parallel, of CPU devices; 0 splits nothing.",
         "[0, 64]",
     ),
     Setting(
@@ -592,10 +596,10 @@ def check(config: SimpleNamespace) -> None:
                 f"--{name}={value}: the images of {config.dataset} have a size "
                 "of their own. Leave it out."
             )
-    if config.virtual_devices and config.strategy != "mirrored":
+    if config.virtual_devices and config.strategy not in SPLITTING:
         raise UserError(
             f"--virtual_devices={config.virtual_devices} are replicas of one "
-            "machine. Add --strategy=mirrored, or leave it out."
+            f"machine. Add --strategy={'|'.join(SPLITTING)}, or leave it out."
         )
     if config.tpu is not None and config.strategy != "tpu":
         raise UserError(
@@ -609,16 +613,23 @@ def check(config: SimpleNamespace) -> None:
             "itself, with --tpu=local, or choose --dataset=imagenet2012."
         )
     if config.backend == "jax":
-        if config.strategy != "none":
+        if config.strategy not in ON_JAX:
             raise UserError(
                 f"--strategy={config.strategy} is TensorFlow's, and Keras runs "
-                "on jax. Set KERAS_BACKEND=tensorflow, or leave it out."
+                "on jax. Choose --strategy=data_parallel, or set "
+                "KERAS_BACKEND=tensorflow."
             )
         if not config.jit_compile:
             raise UserError(
                 "--nojit_compile: JAX always compiles. Leave it out, or set "
                 "KERAS_BACKEND=tensorflow."
             )
+    elif config.strategy == "data_parallel":
+        raise UserError(
+            "--strategy=data_parallel is JAX's, and Keras runs on "
+            f"{config.backend}. Choose --strategy=mirrored|multi_worker|tpu, "
+            "or set KERAS_BACKEND=jax."
+        )
     elif config.strategy != "none" and config.jit_compile:
         raise UserError(
             f"--jit_compile does not work under --strategy={config.strategy}, "

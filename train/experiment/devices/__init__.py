@@ -5,14 +5,22 @@ One more way is added here, as one entry of `STRATEGIES`.
 
 import json
 import os
+import re
 import socket
 from collections.abc import Callable
+from collections.abc import Mapping
 
+from experiment import startup
 from experiment.devices.distributed import Distributed
 from experiment.devices.one import OneDevice
 from experiment.errors import UserError
 
 PATIENCE = 10  # seconds in which a TPU has to answer
+# What `keras.distribution.initialize` reads.
+PROCESSES = tuple(
+    f"KERAS_DISTRIBUTION_{name}"
+    for name in ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID")
+)
 
 
 def one_device(virtual_devices: int, tpu_name: str | None) -> OneDevice:
@@ -135,6 +143,70 @@ def tpu(virtual_devices: int, tpu_name: str | None) -> Distributed:
     return Distributed(strategy)
 
 
+def data_parallel(virtual_devices: int, tpu_name: str | None) -> OneDevice:
+    """All devices that JAX has, on this machine or on several."""
+    import jax
+    import keras
+
+    from experiment.devices.parallel import Parallel
+
+    del tpu_name
+    if virtual_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", virtual_devices)
+    given = processes(os.environ)
+    # TPU VMs know of each other by themselves.
+    if given or (startup.installed("libtpu") and not virtual_devices):
+        place = "This process"
+        if given:
+            place = "Worker {} of {} at {}".format(*given)
+            print(f"{place}: waiting for the others.", flush=True)
+        try:
+            keras.distribution.initialize()
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{place} could not join the others ({_first_line(error)}). "
+                "Start the same command on each machine, with its own "
+                f"{PROCESSES[2]}, and see that the first address of "
+                f"{PROCESSES[0]} is free and reachable."
+            ) from error
+    return Parallel()
+
+
+def processes(environment: Mapping[str, str]) -> tuple[int, int, str] | None:
+    """Reads what `keras.distribution.initialize` is to be told.
+
+    Args:
+        environment: The environment variables.
+
+    Returns:
+        The place of this process, the number of all, and their addresses;
+        `None` if there is nothing to read.
+
+    Raises:
+        UserError: If some of it is missing, or says something else.
+    """
+    values = [environment.get(name, "") for name in PROCESSES]
+    if not any(values):
+        return None
+    addresses, number, place = values
+    if (
+        re.fullmatch(r"[^,\s]+:\d+(,[^,\s]+:\d+)*", addresses)
+        and number.isdecimal()
+        and place.isdecimal()
+        and int(place) < int(number)
+        and addresses.count(",") in (0, int(number) - 1)
+    ):
+        return int(place), int(number), addresses
+    given = ", ".join(f"{n}={v!r}" for n, v in zip(PROCESSES, values))
+    raise UserError(
+        f"{given} do not describe processes and the place of this one among "
+        "them. Set them to host0:port (or all addresses, separated by "
+        "commas), to the number of processes, and to 0, 1, ... on each "
+        "machine, or set none of them."
+    )
+
+
 def _reach(address: str) -> None:
     """Connects to an address `grpc://host:port`, if it is one, for a moment."""
     if address.startswith("grpc://"):
@@ -152,4 +224,7 @@ STRATEGIES: dict[str, Callable[[int, str | None], OneDevice]] = {
     "mirrored": mirrored,
     "multi_worker": multi_worker,
     "tpu": tpu,
+    "data_parallel": data_parallel,
 }
+ON_JAX = ("none", "data_parallel")  # the others are TensorFlow's, and none
+SPLITTING = ("mirrored", "data_parallel")  # into virtual devices

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -42,7 +43,7 @@ class Distributed(OneDevice):
         self.replicas = strategy.num_replicas_in_sync
         self.worker = worker
         self.workers = workers
-        self.chief = worker == 0
+        self.chief = self.measures = worker == 0
         self._sum = None
 
     def scope(self) -> AbstractContextManager:
@@ -126,7 +127,10 @@ class Distributed(OneDevice):
             return wish
         return bool(self._added_up(np.array([wish], np.float32)).any())
 
-    def spread(self, model: keras.Model) -> None:
+    def restore(
+        self, model: keras.Model, file: Path, load: Callable[[Path], None]
+    ) -> None:
+        self.tell(lambda: load(file))
         if self.workers == 1:
             return
         for variable in [*all_variables(model), *model.optimizer.variables]:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 from typing import NamedTuple
 
@@ -38,11 +39,13 @@ class OneDevice:
         replicas: The number of copies of the model, over all workers.
         workers: The number of processes.
         chief: Whether this process is the one that writes.
+        measures: Whether it computes what is measured of the model.
     """
 
     replicas = 1
     workers = 1
     chief = True
+    measures = True
 
     def scope(self) -> AbstractContextManager:
         """Where the variables of a model are made."""
@@ -84,9 +87,18 @@ class OneDevice:
         """Whether any of the workers, at the same point, has the wish."""
         return wish
 
-    def spread(self, model: keras.Model) -> None:
-        """Gives the chief's model and optimiser to the other workers."""
+    def restore(
+        self, model: keras.Model, file: Path, load: Callable[[Path], None]
+    ) -> None:
+        """Loads a checkpoint in every worker.
+
+        Args:
+            model: The model, compiled.
+            file: The checkpoint; it need be there for the chief alone.
+            load: Loads it, or a copy of it, into the model and its optimiser.
+        """
+        load(file)
 
     def watched(self) -> AbstractContextManager:
-        """A scope in which the loss of a worker is an error of one line."""
+        """The scope of a run; the loss of a worker is an error of one line."""
         return contextlib.nullcontext()

@@ -176,14 +176,20 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def restore(progress: Progress, model: keras.Model) -> None:
-    """Puts a compiled model back to where its checkpoint was."""
+def restore(progress: Progress, model: keras.Model, file: Path) -> None:
+    """Puts a compiled model back to where its checkpoint was.
+
+    Args:
+        progress: What the checkpoint says beside the weights.
+        model: The model.
+        file: The checkpoint, or a copy of it.
+    """
     try:
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Skipping variable loading")
-            model.load_weights(progress.checkpoint)
+            model.load_weights(file)
         assign(random_state(model), progress.random_state)
     except (OSError, UserWarning, ValueError, KeyError, TypeError) as error:
         raise UserError(

@@ -62,7 +62,8 @@ class Progress:
     def of(cls, told: dict[str, Any]) -> Self:
         """It, as it was told."""
         partial = Partial(**told["partial"])
-        return cls(**{**told, "partial": partial})
+        checkpoint = told["checkpoint"] and Path(told["checkpoint"])
+        return cls(**{**told, "partial": partial, "checkpoint": checkpoint})
 
     @property
     def epoch(self) -> int:

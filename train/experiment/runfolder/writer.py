@@ -91,6 +91,17 @@ def written_to(folder: Path, progress: Progress) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def _undistributed() -> Iterator[None]:
+    """Variables that Keras makes for itself in saving are this process's."""
+    distribution = keras.distribution.distribution()
+    keras.distribution.set_distribution(None)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(distribution)
+
+
 @dataclasses.dataclass(eq=False)
 class RunWriter(keras.callbacks.Callback):
     """Writes a row of `history.csv` after each epoch, and the checkpoints.
@@ -254,7 +265,8 @@ class RunWriter(keras.callbacks.Callback):
         self._saved_at = time.monotonic()
 
     def _write_checkpoint(self, aside: Path) -> None:
-        self.model.save(aside)
+        with _undistributed():
+            self.model.save(aside)
         run = {
             "settings": self.settings,
             "rows": self.progress.rows,
