@@ -87,6 +87,34 @@ for method in METHODS:
 )
 
 
+_SHARDED = (
+    _COMMON
+    + """
+mesh = distribution.DeviceMesh(
+    (2, 2), ["batch", "model"], distribution.list_devices()
+)
+layouts = distribution.LayoutMap(mesh)
+layouts[".*conv/kernel"] = (None, None, None, "model")
+layouts[".*hidden/kernel"] = (None, "model")
+spread = distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
+model = trained("kolen_pollack", spread)
+for name in ("conv", "hidden"):
+    layer = model.get_layer(name)
+    w, b = layer.kernel, layer.feedback_kernel
+    moved = [v for v in model.optimizer.variables if name in v.path]
+    assert len(moved) == 2 + (layer.bias is not None)
+    halves = [v for v in (w, b, *moved) if v.shape == w.shape]
+    assert len(halves) == 4
+    half = (*w.shape[:-1], w.shape[-1] // 2)
+    for variable in halves:
+        value = variable.value
+        assert value.sharding.spec[-1] == "model", variable.path
+        assert value.addressable_shards[0].data.shape == half, variable.path
+assert_equal(model, trained("kolen_pollack"))
+"""
+)
+
+
 def virtual(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that a test starts have several CPU devices."""
     flags = f"--xla_force_host_platform_device_count={count}"
@@ -103,6 +131,15 @@ def test_replicas_equal_one_device(
     assert done.returncode == 0, done.stderr
     expected = "".join(f"{method} {count}\n" for method in METHODS)
     assert done.stdout == expected
+
+
+def test_shards_of_the_feedback_are_those_of_its_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So are the momenta of both, and one device learns the same."""
+    virtual(4, monkeypatch)
+    done = forks.run("-c", _SHARDED)
+    assert done.returncode == 0, done.stderr
 
 
 # The program.
