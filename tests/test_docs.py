@@ -116,6 +116,8 @@ def test_example_runs(
 ) -> None:
     if "import tensorflow" in EXAMPLES[name] and not ON_TENSORFLOW:
         pytest.skip("an example of TensorFlow's own")
+    if "keras import distribution" in EXAMPLES[name] and ON_TENSORFLOW:
+        pytest.skip("an example of JAX's own")
     run([EXAMPLES[name]], name, tmp_path, monkeypatch)
 
 
