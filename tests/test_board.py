@@ -278,3 +278,10 @@ def test_the_grid_of_filters() -> None:
     colours[0, 0, :, 0] = 1, -1, 0
     middle = board.grid(colours)[200, 200]
     assert np.array_equal(middle, [1.0, 0.0, 0.5])
+
+
+def test_worker_that_does_not_write(tmp_path: Path) -> None:
+    """It computes what the chief shows, and leaves the folder alone."""
+    shown = board.Board(tmp_path, SETTINGS, 1, writes=False)
+    fit(model_of("fa"), shown, epochs=1)
+    assert not list(tmp_path.iterdir())

@@ -1,15 +1,23 @@
 """Several devices of JAX by `keras.distribution`, against one of them."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import forks
+import keras
+import main
 import pytest
 from backends import ON_TENSORFLOW
 from test_strategies import COMMON
 from test_strategies import WORKER
 from test_strategies import assert_close
+from test_strategies import ended
 from test_strategies import folder_of
+from test_strategies import free_ports
+from test_strategies import history
 
 from experiment import devices
 from experiment.errors import UserError
@@ -170,7 +178,7 @@ def test_program_on_four_devices(
     assert (result["replicas"], result["workers"]) == (4, 1)
 
 
-ADDRESSES, NUMBER, PLACE = devices.PROCESSES
+PLACE = devices.PROCESSES[2]
 
 
 @pytest.mark.parametrize(
@@ -204,3 +212,123 @@ def test_wrong_processes(
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="do not describe processes"):
         devices.data_parallel(0, None)
+
+
+# Several processes, which is several machines as far as JAX knows.
+
+
+def start_processes(
+    *command_lines: str, environment: tuple[dict, dict] = ({}, {})
+) -> list[subprocess.Popen]:
+    """Two processes that run the same command lines, `{index}` filled in."""
+    (port,) = free_ports(1)
+    told = dict(zip(devices.PROCESSES, (f"127.0.0.1:{port}", "2")))
+    train = str(Path(main.__file__).parent)
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(WORKER),
+                *(line.format(index=index) for line in command_lines),
+            ],
+            env={
+                **os.environ,
+                **told,
+                PLACE: str(index),
+                "PYTHONPATH": train,
+                **environment[index],
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+
+
+SPREAD = "--strategy=data_parallel"
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """One hears SIGTERM inside an epoch, and the chief refuses the last run.
+
+    Each has a folder of its own, and only the chief's is written or read.
+    """
+    first, *others = (
+        # Kolen-Pollack learns from weight decay.
+        f"--method={method} --weight_decay=0.01"
+        for method in METHODS
+    )
+    two, one = tmp_path / "{index}", tmp_path / "one"
+    resumed = options(two, SPREAD, first, "--resume")
+    said = ended(
+        start_processes(
+            resumed,
+            resumed,
+            *(options(two, SPREAD, other) for other in others),
+            options(two, SPREAD, first),
+            environment=({}, {"STOP": "4"}),
+        )
+    )
+    for index, (status, output, errors) in enumerate(said):
+        assert status == 1
+        assert "stopped in epoch 2, after step 4" in output
+        assert "1 of 2 epochs are trained, and 4 of 10 steps" in output
+        assert "this run exists already. Add --resume" in errors
+        assert ("Worker 0 refused" in errors) == bool(index)
+    assert not (tmp_path / "1").exists()
+    done = forks.run(WORKER, *(options(one, m) for m in (first, *others)))
+    assert done.returncode == 0, done.stderr
+    for method in METHODS:
+        assert_close(folder_of(tmp_path / "0", method), folder_of(one, method))
+        result = result_of(tmp_path / "0", method)
+        assert (result["replicas"], result["workers"]) == (2, 2)
+
+
+# ImageNet.
+
+
+def photos(data_dir: Path, runs_dir: Path, *others: str) -> str:
+    """A command line that trains on a folder of small photos."""
+    return (
+        f"--dataset=imagenet2012 --model=imagenet_1 --image_size=32 --epochs=1 "
+        f"--batch_size=4 --data_dir={data_dir} --runs_dir={runs_dir} "
+        + " ".join(others)
+    )
+
+
+@pytest.mark.slow
+def test_photos_are_streamed_to_all_devices(tmp_path: Path) -> None:
+    """Two devices learn what one does; two processes have photos of their own.
+
+    In each step a process makes its half of the batch, and in an evaluation
+    all photos come once.
+    """
+    pytest.importorskip("tensorflow_datasets")
+    import photo_folder
+
+    from experiment.datasets import photos as stream
+
+    photo_folder.write(tmp_path, 12, 5, shards=2)
+    name = "imagenet2012-imagenet_1-fa_usf_sn-s0"
+    one, two, both = (tmp_path / name for name in ("one", "two", "both"))
+    done = forks.run(
+        WORKER,
+        photos(tmp_path, two, SPREAD, "--virtual_devices=2"),
+        photos(tmp_path, one),
+    )
+    assert done.returncode == 0, done.stderr
+    assert_close(two / name, one / name)
+    for status, _, errors in ended(
+        start_processes(photos(tmp_path, both, SPREAD))
+    ):
+        assert status == 0, errors
+    result = json.loads((both / name / "result.json").read_text())
+    assert (result["replicas"], result["workers"]) == (2, 2)
+    model = keras.saving.load_model(both / name / "model.keras")
+    images, labels = stream.Photos(str(tmp_path), 32).probe(5)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    (row,) = history(both / name)
+    expected = float(loss(labels, model(images, training=False)))
+    assert row["val_loss"] == pytest.approx(expected, rel=1e-4)
