@@ -10,6 +10,8 @@ import socket
 from collections.abc import Callable
 from collections.abc import Mapping
 
+import keras
+
 from experiment import startup
 from experiment.devices.distributed import Distributed
 from experiment.devices.one import OneDevice
@@ -146,7 +148,6 @@ def tpu(virtual_devices: int, tpu_name: str | None) -> Distributed:
 def data_parallel(virtual_devices: int, tpu_name: str | None) -> OneDevice:
     """All devices that JAX has, on this machine or on several."""
     import jax
-    import keras
 
     from experiment.devices.parallel import Parallel
 
