@@ -20,11 +20,10 @@ import numpy as np
 
 from experiment.devices.one import OneDevice
 from experiment.devices.one import Share
+from experiment.devices.one import is_loss
+from experiment.devices.one import loss
 from experiment.errors import UserError
 from keras_fa.layers.feedback import all_variables
-
-# In what TensorFlow says where a worker is gone.
-LOST = ("collective", "unhealthy", "heartbeat", "connection reset")
 
 
 class Distributed(OneDevice):
@@ -147,17 +146,10 @@ class Distributed(OneDevice):
         try:
             yield
         except tf.errors.OpError as error:
-            if self.workers == 1 or not (
-                isinstance(error, tf.errors.UnavailableError)
-                or any(sign in error.message.lower() for sign in LOST)
-            ):
+            gone = isinstance(error, tf.errors.UnavailableError)
+            if self.workers == 1 or not (gone or is_loss(error.message)):
                 raise
-            raise UserError(
-                f"Worker {self.worker} of {self.workers} lost another one ("
-                f"{type(error).__name__}: {error.message.splitlines()[0]}). "
-                "Look at what that one said, and start all workers again "
-                "with --resume."
-            ) from error
+            raise loss(self.worker, self.workers, error) from error
 
     def _said(self, worker: int, what: Any) -> Any:
         """What a worker says, in all of them; it is made of JSON."""

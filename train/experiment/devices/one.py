@@ -9,6 +9,32 @@ from typing import NamedTuple
 
 import keras
 
+from experiment.errors import UserError
+
+# In what a backend says where a worker is gone.
+_LOST = (
+    "collective",
+    "unhealthy",
+    "heartbeat",
+    "connection reset",
+    "connection closed",
+)
+
+
+def is_loss(message: str) -> bool:
+    """Whether an error of the backend says that a worker is gone."""
+    return any(sign in message.lower() for sign in _LOST)
+
+
+def loss(worker: int, workers: int, error: Exception) -> UserError:
+    """What a worker says that has lost another one by an error."""
+    reason = getattr(error, "message", str(error)).splitlines()[0]
+    return UserError(
+        f"Worker {worker} of {workers} lost another one ("
+        f"{type(error).__name__}: {reason}). Look at what that one said, and "
+        "start all workers again with --resume."
+    )
+
 
 class Share(NamedTuple):
     """The replicas that a process feeds: `count` of them from `first` on.

@@ -23,6 +23,8 @@ from jax.experimental import multihost_utils
 
 from experiment.devices.one import OneDevice
 from experiment.devices.one import Share
+from experiment.devices.one import is_loss
+from experiment.devices.one import loss
 from experiment.errors import UserError
 
 
@@ -79,8 +81,13 @@ class Parallel(OneDevice):
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        with self.distribution.scope():
-            yield
+        try:
+            with self.distribution.scope():
+                yield
+        except jax.errors.JaxRuntimeError as error:
+            if self.workers == 1 or not is_loss(str(error)):
+                raise
+            raise loss(self.worker, self.workers, error) from error
 
     def _sent(self, content: bytes) -> bytes:
         """The chief's bytes, in all workers."""
