@@ -7,6 +7,7 @@ from setuptools import setup
 
 JAX = ["jax>=0.10.2"]
 TENSORFLOW = ["tensorflow>=2.21"]
+TORCH = ["torch>=2.13"]
 TRAIN = [
     *TENSORFLOW,
     "absl-py>=2.3",
@@ -43,6 +44,7 @@ setup(
     extras_require={
         "tensorflow": TENSORFLOW,
         "jax": JAX,
+        "torch": TORCH,
         "train": TRAIN,
         "test": TEST,
         "docs": DOCS,

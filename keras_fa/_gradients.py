@@ -8,7 +8,7 @@ product of `x` and `dy`. Where B learns, it receives a gradient of its own, made
 of that product, and passes it on to the weights that it is made of.
 
 All that the package needs of a backend's automatic differentiation is what the
-modules `_tensorflow` and `_jax` define:
+modules `_tensorflow`, `_jax` and `_torch` define:
 
 - `custom_gradient`: a function with a gradient of its own;
 - `read_apart`, `after`: how what learns is read, and what waits for it;
@@ -16,6 +16,7 @@ modules `_tensorflow` and `_jax` define:
 - `compiled`: a function compiled for the backend;
 - `sum_of_squares`: of a kernel, the fastest way;
 - `without_error`: a sparse input that sends no error down;
+- `own_random_state`: a scope whose draws leave no trace outside;
 - `TRACKS_CONSTRAINTS`, `recall`, `remember`, `holds`: how a compiled training
   step gets at what a kernel's constraint remembers.
 """
@@ -41,12 +42,14 @@ if keras.backend.backend() == "tensorflow":
     from keras_fa import _tensorflow as backend
 elif keras.backend.backend() == "jax":
     from keras_fa import _jax as backend
+elif keras.backend.backend() == "torch":
+    from keras_fa import _torch as backend
 else:
     raise ImportError(
-        "keras_fa runs on Keras's backends tensorflow and jax. Received: "
-        f"KERAS_BACKEND={keras.backend.backend()}. Set KERAS_BACKEND=tensorflow"
-        " or jax in the environment, or `backend` in keras.json, before keras "
-        "is imported."
+        "keras_fa runs on Keras's backends tensorflow, jax and torch. Received:"
+        f" KERAS_BACKEND={keras.backend.backend()}. Set KERAS_BACKEND="
+        "tensorflow, jax or torch in the environment, or `backend` in "
+        "keras.json, before keras is imported."
     )
 
 
@@ -103,9 +106,15 @@ def _feedback_gradient(
     biases: list[Tensor],
     back: list[Tensor],
     dy: Tensor,
+    wanted: bool = True,
 ) -> Gradients:
-    """`dx = op^T(dy, B)`, and the true local products of `x` and `dy`."""
-    dx = transposed(lambda x: op(x, back, biases), x, dy)
+    """`dx = op^T(dy, B)`, and the true local products of `x` and `dy`.
+
+    Without dx if that is not `wanted`, as on a backend that prunes nothing.
+    """
+    dx = None
+    if wanted:
+        dx = transposed(lambda x: op(x, back, biases), x, dy)
     of_kernels, of_biases = [], []
     for i, kernel in enumerate(forward):
         # What x meets before this kernel is W, what it meets after it B.
@@ -178,6 +187,7 @@ def send_error(
         no_biases: list[Tensor],
         maps: list[Tensor],
         e: Tensor,
+        wanted: bool = True,
     ) -> Gradients:
         sent = e if signal is None else signal(e, source)
         errors, of_maps = [], []
@@ -227,10 +237,11 @@ def in_backpropagation() -> bool:
     return getattr(_scope, "active", False)
 
 
+@contextlib.contextmanager
 def isolated(
     variables: Iterable[keras.Variable],
     given: Iterable[tuple[keras.Variable, Tensor]] = (),
-) -> keras.StatelessScope:
+) -> Iterator[None]:
     """A scope that reads variables as they are and drops what it assigns.
 
     Args:
@@ -238,7 +249,9 @@ def isolated(
         given: Other values for some of them: pairs of variable and tensor.
     """
     values = [(variable, variable.value) for variable in variables]
-    return keras.StatelessScope([*values, *given], initialize_variables=False)
+    scope = keras.StatelessScope([*values, *given], initialize_variables=False)
+    with scope, backend.own_random_state():
+        yield
 
 
 def gradients_of(

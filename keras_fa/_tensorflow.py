@@ -1,5 +1,6 @@
 """TensorFlow: gradients of one's own by `tf.custom_gradient`."""
 
+import contextlib
 import inspect
 import weakref
 from collections.abc import Callable
@@ -152,6 +153,10 @@ def without_error(
     if isinstance(inputs, tf.SparseTensor):
         return tf.sparse.map_values(tf.stop_gradient, inputs)
     return None
+
+
+# A scope whose draws leave no trace outside: all random states are variables.
+own_random_state = contextlib.nullcontext
 
 
 def sum_of_squares(tensor: tf.Tensor) -> tf.Tensor:

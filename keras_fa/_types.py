@@ -40,9 +40,10 @@ class Learned(NamedTuple):
     receiving: list[Tensor]
 
 
-# Of x, of kernels, of biases, and of the kernels B where these learn.
+# Of x if it is wanted, of kernels, of biases, and of the kernels B where these
+# learn.
 Gradients: TypeAlias = tuple[
-    Tensor, list[Tensor], list[Tensor], list[Tensor] | None
+    Tensor | None, list[Tensor], list[Tensor], list[Tensor] | None
 ]
 
 # Layer.add_weight, or what stands for it.

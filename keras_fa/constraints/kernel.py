@@ -36,8 +36,8 @@ class KernelConstraint(keras.constraints.Constraint):
 
     What is remembered follows from the kernel itself as long as this
     constraint held (`refresh` reads it off again), so whatever way moves the
-    kernel's values moves it, too. On TensorFlow it is a weight of the layer
-    besides; why not on JAX, the module `keras_fa._jax` says.
+    kernel's values moves it, too. On TensorFlow and PyTorch it is a weight of
+    the layer besides; why not on JAX, the module `keras_fa._jax` says.
     """
 
     remembers = ""

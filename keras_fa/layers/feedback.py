@@ -263,7 +263,7 @@ class FeedbackPath:
         """B now. Reading it advances no random state."""
         kernel = ops.convert_to_tensor(self.kernel)  # of the scope around
         with _gradients.isolated(self.variables.values()):
-            return self.effective(kernel)
+            return ops.stop_gradient(self.effective(kernel))
 
     def warn_if_equal(self) -> None:
         """Warns where one error goes to all inputs, up to its sign."""
@@ -572,14 +572,14 @@ class FeedbackLayer(FeedbackArguments):
             kernels: The kernels W, in the compute dtype.
             feedback: The kernels B, likewise.
         """
-        x = ops.stop_gradient(x)
+        x, local = ops.stop_gradient(x), None
         for op, path, w, b in zip(
             self.stages(), self.feedback_paths, kernels, feedback
         ):
+            x = x if local is None else local.y
             w = ops.cast(ops.stop_gradient(w), path.full_dtype)
             local = learning.Local(op, x, w, ops.cast(b, path.full_dtype))
             yield local
-            x = local.y
 
     def stages(self) -> list[learning.Stage]:
         """For each kernel its linear operation `op(x, K)`, without bias."""
@@ -599,12 +599,22 @@ class FeedbackLayer(FeedbackArguments):
     def feedback_paths(self) -> list[FeedbackPath]:
         """The feedback path of each kernel, in the order of the kernels."""
         if not self.built:
-            raise AttributeError(
-                f"{type(self).__name__} '{self.name}' has no feedback kernel "
-                "yet. Build the layer first, by calling it or with "
-                "`layer.build(input_shape)`."
-            )
+            raise self._not_built()
         return [getattr(self, f"_{name}_path") for name in self.kernel_names]
+
+    def _not_built(self) -> AttributeError:
+        return AttributeError(
+            f"{type(self).__name__} '{self.name}' has no feedback kernel "
+            "yet. Build the layer first, by calling it or with "
+            "`layer.build(input_shape)`."
+        )
+
+    if hasattr(keras.layers.Layer, "__getattr__"):
+        # PyTorch's modules are asked once more where a property has raised.
+        def __getattr__(self, name: str) -> object:
+            if name in ("feedback_paths", "feedback_kernel") and not self.built:
+                raise self._not_built()
+            return super().__getattr__(name)
 
     @property
     def feedback_kernel(self) -> keras.Variable | tuple | None:
