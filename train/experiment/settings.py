@@ -612,13 +612,26 @@ def check(config: SimpleNamespace) -> None:
             "memory, which a remote TPU cannot read. Run it on the TPU VM "
             "itself, with --tpu=local, or choose --dataset=imagenet2012."
         )
-    if config.backend == "jax":
-        if config.strategy not in ON_JAX:
+    if config.backend == "jax" and config.strategy not in ON_JAX:
+        raise UserError(
+            f"--strategy={config.strategy} is TensorFlow's, and Keras runs "
+            "on jax. Choose --strategy=data_parallel, or set "
+            "KERAS_BACKEND=tensorflow."
+        )
+    if config.backend == "torch":
+        if config.strategy != "none":
             raise UserError(
-                f"--strategy={config.strategy} is TensorFlow's, and Keras runs "
-                "on jax. Choose --strategy=data_parallel, or set "
-                "KERAS_BACKEND=tensorflow."
+                f"--strategy={config.strategy} is not PyTorch's, and Keras "
+                "runs on torch. Leave it out, or set KERAS_BACKEND=tensorflow "
+                "or jax."
             )
+        if config.steps_per_execution > 1:
+            raise UserError(
+                f"--steps_per_execution={config.steps_per_execution}: Keras "
+                "runs one on torch. Leave it out, or set "
+                "KERAS_BACKEND=tensorflow or jax."
+            )
+    elif config.backend == "jax":
         if not config.jit_compile:
             raise UserError(
                 "--nojit_compile: JAX always compiles. Leave it out, or set "

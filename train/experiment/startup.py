@@ -1,8 +1,9 @@
 """What comes before all other imports.
 
 This checkout's own package is found, installed or not. Keras is imported, and
-with it its backend: TensorFlow where it is installed, else JAX, unless the
-environment variable KERAS_BACKEND or Keras's own settings say otherwise.
+with it its backend: TensorFlow where it is installed, else JAX, else PyTorch,
+unless the environment variable KERAS_BACKEND or Keras's own settings say
+otherwise.
 TensorFlow uses oneDNN on any CPU, unless TF_ENABLE_ONEDNN_OPTS says otherwise.
 A GPU's memory is taken as it is needed, so that several runs can share it,
 unless TF_FORCE_GPU_ALLOW_GROWTH or XLA_PYTHON_CLIENT_PREALLOCATE say otherwise.
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-BACKENDS = ("tensorflow", "jax")
+BACKENDS = ("tensorflow", "jax", "torch")
 
 
 def installed(*packages: str) -> bool:
@@ -58,7 +59,8 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 if not installed("tensorflow"):
-    os.environ.setdefault("KERAS_BACKEND", "jax")
+    _other = "jax" if installed("jax") or not installed("torch") else "torch"
+    os.environ.setdefault("KERAS_BACKEND", _other)
 
 _wrong = None
 try:
@@ -75,7 +77,7 @@ except (ImportError, ValueError) as error:
 if _wrong:
     sys.exit(
         f"{Path(sys.argv[0]).name}: {_wrong}. Install one of "
-        f"{' and '.join(BACKENDS)}, and set KERAS_BACKEND to it."
+        f"{', '.join(BACKENDS)}, and set KERAS_BACKEND to it."
     )
 if installed("tensorflow"):
     tf.get_logger().setLevel("ERROR")

@@ -1,7 +1,6 @@
 """The networks that are a chain of layers."""
 
 from keras import KerasTensor
-from keras.layers import Dropout
 from keras.layers import Flatten
 from keras.layers import GlobalAveragePooling2D
 from keras.layers import MaxPooling2D
@@ -11,6 +10,7 @@ from experiment.networks.layers import conv
 from experiment.networks.layers import dense
 from experiment.networks.layers import drop
 from experiment.networks.layers import logits
+from experiment.networks.layers import seeded_dropout
 
 
 def digits(x: KerasTensor, classes: int, dropout: float = 0.0) -> KerasTensor:
@@ -54,15 +54,15 @@ def cifar10_2(x: KerasTensor, classes: int) -> KerasTensor:
     Convolutions with stride 2 stand where others pool; on 32x32 images the
     mean is taken over 6x6 places. The paper leaves the initialisation open.
     """
-    x = Dropout(0.2, name="dropout1")(x)
+    x = seeded_dropout("dropout1", 0.2)(x)
     x = conv("conv1", 96, 3)(x)
     x = conv("conv2", 96, 3)(x)
     x = conv("conv3", 96, 3, strides=2)(x)
-    x = Dropout(0.5, name="dropout2")(x)
+    x = seeded_dropout("dropout2", 0.5)(x)
     x = conv("conv4", 192, 3)(x)
     x = conv("conv5", 192, 3)(x)
     x = conv("conv6", 192, 3, strides=2)(x)
-    x = Dropout(0.5, name="dropout3")(x)
+    x = seeded_dropout("dropout3", 0.5)(x)
     x = conv("conv7", 192, 3, padding="valid")(x)
     x = conv("conv8", 192, 1)(x)
     x = conv("conv9", classes, 1)(x)
@@ -114,8 +114,8 @@ def imagenet_2(x: KerasTensor, classes: int) -> KerasTensor:
     x = conv("conv5", 256, 3)(x)
     x = MaxPooling2D(3, strides=2, name="pool5")(x)
     x = Flatten(name="flatten")(x)
-    x = Dropout(0.5, name="dropout6")(x)
+    x = seeded_dropout("dropout6", 0.5)(x)
     x = dense("fc6", 4096)(x)
-    x = Dropout(0.5, name="dropout7")(x)
+    x = seeded_dropout("dropout7", 0.5)(x)
     x = dense("fc7", 4096)(x)
     return logits("fc8", classes)(x)

@@ -1,5 +1,8 @@
 """The layers that networks are written with: he_normal kernels, names."""
 
+import random
+
+import keras
 from keras import KerasTensor
 from keras.layers import BatchNormalization
 from keras.layers import Conv2D
@@ -34,8 +37,15 @@ def logits(name: str, classes: int) -> Dense:
     )
 
 
+def seeded_dropout(name: str, rate: float) -> Dropout:
+    # Without a seed, on PyTorch it draws from what no checkpoint holds.
+    on_torch = keras.backend.backend() == "torch"
+    seed = random.randint(1, 10**9) if on_torch else None
+    return Dropout(rate, seed=seed, name=name)
+
+
 def drop(x: KerasTensor, rate: float) -> KerasTensor:
-    return Dropout(rate, name="dropout")(x) if rate else x
+    return seeded_dropout("dropout", rate)(x) if rate else x
 
 
 def normalization(name: str) -> BatchNormalization:

@@ -49,6 +49,11 @@ def accelerator() -> str | None:
             return None
         details = tf.config.experimental.get_device_details(found[0])
         return details.get("device_name", found[0].name)
+    if BACKEND == "torch":
+        import torch
+
+        found = torch.cuda.is_available()
+        return torch.cuda.get_device_name() if found else None
     import jax
 
     device = jax.local_devices()[0]
@@ -66,6 +71,10 @@ def peak_bytes() -> int:
         import tensorflow as tf
 
         return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+    if BACKEND == "torch":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
     import jax
 
     return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
