@@ -1,6 +1,6 @@
 """All that tests need of a backend beside Keras: gradients and compilation.
 
-The same names on TensorFlow and JAX, written without `keras_fa`.
+The same names on TensorFlow, JAX and PyTorch, written without `keras_fa`.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,14 @@ import pytest
 from keras import ops
 
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
+ON_JAX = keras.backend.backend() == "jax"
+ON_TORCH = keras.backend.backend() == "torch"
 requires_tensorflow = pytest.mark.skipif(
     not ON_TENSORFLOW, reason="about TensorFlow itself"
 )
 # What it consists of is tested part by part on every backend.
 long_on_jax = pytest.mark.skipif(
-    not ON_TENSORFLOW, reason="minutes of compiling small programs on JAX"
+    ON_JAX, reason="minutes of compiling small programs on JAX"
 )
 
 
@@ -93,6 +95,60 @@ if ON_TENSORFLOW:
                 loss = self.compute_loss(y=y, y_pred=self(x))
             variables = self.trainable_variables
             self.optimizer.apply(tape.gradient(loss, variables), variables)
+            return {"own_loss": loss}
+
+elif ON_TORCH:
+    import torch
+
+    _as_array = torch.Tensor.__array__
+
+    def _detached(self, *args, **kwargs):
+        full = self.detach()
+        full = full.float() if full.dtype == torch.bfloat16 else full
+        return _as_array(full, *args, **kwargs)
+
+    # Tests hand outputs to NumPy, which on PyTorch have a gradient, and may
+    # have a dtype that NumPy has not.
+    torch.Tensor.__array__ = _detached
+
+    def _vjp(owner, function, inputs, dy, variables):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        values = [variable.value for variable in variables]
+        with torch.enable_grad():
+            y = function(*inputs)
+        sources = [t for t in [*inputs, *values] if t.requires_grad]
+        dy = torch.ones_like(y) if dy is None else ops.cast(dy, y.dtype)
+        found = torch.autograd.grad(
+            y, sources, dy, allow_unused=True, materialize_grads=True
+        )
+        of = dict(zip(map(id, sources), found))
+        gradients = [
+            of.get(id(t), torch.zeros_like(t)) for t in [*inputs, *values]
+        ]
+        return y, gradients[: len(inputs)], gradients[len(inputs) :]
+
+    def compiled(
+        function: Callable, variables: Sequence[keras.Variable]
+    ) -> Callable:
+        """A function of tensors as it is: PyTorch runs eagerly."""
+        return function
+
+    def synchronize(model: keras.Model) -> None:
+        """Lets a callback see the variables after a batch."""
+
+    class OwnStep:
+        """A model's training step as a user writes it."""
+
+        def train_step(self, data):
+            x, y = data
+            self.zero_grad()
+            loss = self.compute_loss(y=y, y_pred=self(x))
+            loss.backward()
+            variables = self.trainable_variables
+            with torch.no_grad():
+                self.optimizer.apply(
+                    [v.value.grad for v in variables], variables
+                )
             return {"own_loss": loss}
 
 else:

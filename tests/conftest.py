@@ -20,6 +20,7 @@ os.environ.setdefault(
 import keras
 import pytest
 from backends import ON_TENSORFLOW
+from backends import ON_TORCH
 
 # What depends on no backend, and is tested on TensorFlow.
 collect_ignore = (
@@ -33,6 +34,32 @@ collect_ignore = (
         "test_settings.py",
     ]
 )
+
+
+# What is left out on PyTorch, by the test's name, and why.
+NOT_ON_TORCH = {
+    "test_the_error_can_be_differentiated": "refused: there is one derivative",
+    "test_jit_compiled_fit_equals_plain_fit": "minutes of torch.compile",
+    # Keras refuses it on PyTorch.
+    **dict.fromkeys(
+        (
+            "test_the_phase_comes_after_so_many_updates[2-3-None-wanted2]",
+            "test_the_phase_comes_after_so_many_updates[4-3-None-wanted3]",
+            "test_the_callback_makes_a_training_of_init_one_of_sn[2-False]",
+            "test_the_callback_makes_a_training_of_init_one_of_sn[4-True]",
+        ),
+        "steps_per_execution above 1",
+    ),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items if ON_TORCH else ():
+        reason = NOT_ON_TORCH.get(
+            item.name, NOT_ON_TORCH.get(item.originalname)
+        )
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_configure() -> None:

@@ -51,7 +51,7 @@ def tape_gradients(model: keras.Model) -> dict[str, np.ndarray]:
     weights = [w for w in model.trainable_weights if "kernel" in w.name]
     _, _, grads = backends.vjp(
         model,
-        lambda: ops.mean(ops.square(model(X, training=True) - Y)),
+        lambda: ops.mean((model(X, training=True) - ops.array(Y)) ** 2),
         variables=weights,
     )
     return {w.path: np.array(grad) for w, grad in zip(weights, grads)}

@@ -1,8 +1,8 @@
-"""One backend against the other: files, and one step of training.
+"""One backend against the others: files, and one step of training.
 
 A process has one backend, so this file is also a program: run as
-`python test_backends.py FOLDER` it writes models there and reads those that
-the other backend wrote.
+`python test_backends.py FOLDER write` it writes models there, and with `read`
+it reads those that all backends wrote.
 """
 
 import importlib.util
@@ -28,8 +28,11 @@ from keras_fa.layers.direct import SendError
 from keras_fa.layers.feedback import feedback_layers
 from keras_fa.methods import METHODS
 
-BACKENDS = ("tensorflow", "jax")
 OWN = keras.backend.backend()
+# Where PyTorch is not installed the other two are compared.
+BACKENDS = ("tensorflow", "jax") + (
+    ("torch",) if importlib.util.find_spec("torch") else ()
+)
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(4, 8, 8, 3)).astype("float32")
 Y = RNG.normal(size=(4, 3)).astype("float32")
@@ -56,7 +59,7 @@ STEPPED = (
     "dense_fa_convolutional",
 )
 MISSING = [name for name in BACKENDS if not importlib.util.find_spec(name)]
-needs_both = pytest.mark.skipif(
+needs_all = pytest.mark.skipif(
     bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"
 )
 
@@ -150,32 +153,37 @@ def run_on(backend: str, *arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models of both backends, each read on both."""
+    """Models of all backends, each read on all."""
     folder = tmp_path_factory.mktemp("backends")
-    (other,) = (name for name in BACKENDS if name != OWN)
+    others = [name for name in BACKENDS if name != OWN]
     write(folder)
-    read(folder, OWN)
-    run_on(other, __file__, folder)
-    read(folder, other)
+    for other in others[:-1]:
+        run_on(other, __file__, folder, "write")
+    run_on(others[-1], __file__, folder, "write", "read")
+    for other in others[:-1]:
+        run_on(other, __file__, folder, "read")
+    for writer in BACKENDS:
+        read(folder, writer)
     return folder
 
 
 def compare(folder: Path, name: str, drawn: Callable[[str], bool]) -> None:
-    """Compares what both backends noted, but for what they draw by chance."""
-    ours, theirs = (
+    """Compares what all backends noted, but for what they draw by chance."""
+    ours, *others = (
         dict(np.load(folder / f"{name}-on-{backend}.npz"))
         for backend in BACKENDS
     )
-    assert set(ours) == set(theirs)
-    for key, value in ours.items():
-        if not drawn(key):
-            assert_close(theirs[key], value, 1e-5)
+    for theirs in others:
+        assert set(ours) == set(theirs)
+        for key, value in ours.items():
+            if not drawn(key):
+                assert_close(theirs[key], value, 1e-5)
 
 
-@needs_both
+@needs_all
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("writer", BACKENDS)
-def test_models_of_one_backend_are_the_same_on_the_other(
+def test_models_of_one_backend_are_the_same_on_the_others(
     case: str, writer: str, folder: Path
 ) -> None:
     noisy = case in DRAWING
@@ -186,9 +194,9 @@ def test_models_of_one_backend_are_the_same_on_the_other(
     )
 
 
-@needs_both
+@needs_all
 @pytest.mark.parametrize("case", STEPPED)
-def test_a_step_is_the_same_on_both_backends(case: str, folder: Path) -> None:
+def test_a_step_is_the_same_on_all_backends(case: str, folder: Path) -> None:
     start = keras.models.load_model(folder / f"tensorflow-{case}.keras")
     name = f"tensorflow-{case}-trained"
     moved = dict(np.load(folder / f"{name}-on-{OWN}.npz"))
@@ -219,15 +227,19 @@ print(alignment(model, x, y)["fc"]["norm_ratio"])
 """
 
 
-@pytest.mark.skipif("jax" in MISSING, reason="not installed: jax")
-def test_jax_needs_no_tensorflow() -> None:
-    backend, imported, ratio = run_on("jax", "-c", _LEAN).split()
-    assert (backend, imported) == ("jax", "False")
+@pytest.mark.parametrize("name", ["jax", "torch"])
+def test_needs_no_tensorflow(name: str) -> None:
+    if not importlib.util.find_spec(name):
+        pytest.skip(f"not installed: {name}")
+    backend, imported, ratio = run_on(name, "-c", _LEAN).split()
+    assert (backend, imported) == (name, "False")
     np.testing.assert_allclose(float(ratio), 1, rtol=1e-6)
 
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])
-    write(target)
-    for name in BACKENDS:
-        read(target, name)
+    if "write" in sys.argv:
+        write(target)
+    if "read" in sys.argv:
+        for name in BACKENDS:
+            read(target, name)

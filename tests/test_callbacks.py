@@ -242,7 +242,7 @@ def test_in_a_loop_of_ones_own(compile_step: bool) -> None:
     def step(x: Any, y: Any) -> Any:
         loss, _, gradients = backends.vjp(
             model,
-            lambda x: ops.mean(ops.square(model(x, training=True) - y)),
+            lambda x: ops.mean((model(x, training=True) - ops.array(y)) ** 2),
             [x],
         )
         optimizer.apply(gradients, model.trainable_variables)
@@ -550,7 +550,7 @@ def test_a_kernel_of_zeros_sends_nothing_until_it_moves() -> None:
         feedback_constraint=SignConcordance(strict=True),
     )
     layer.build((None, 6))
-    assert not np.any(layer.effective_feedback_kernel())
+    assert not np.any(backends.array(layer.effective_feedback_kernel()))
     layer.kernel.assign(RNG.normal(size=(6, 3)))
     assert mismatch(layer) < 1e-6
 

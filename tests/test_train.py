@@ -20,6 +20,7 @@ import main
 import numpy as np
 import pytest
 from backends import ON_TENSORFLOW
+from backends import ON_TORCH
 from backends import array
 from backends import requires_tensorflow
 
@@ -602,8 +603,10 @@ if ON_TENSORFLOW:
     ]
 else:
     BAD_INPUT += [
-        ("--strategy=mirrored", "--strategy=data_parallel"),
-        ("--nojit_compile", "KERAS_BACKEND=tensorflow"),
+        ("--strategy=mirrored", "KERAS_BACKEND=tensorflow"),
+        ("--steps_per_execution=2", "KERAS_BACKEND=tensorflow or jax")
+        if ON_TORCH
+        else ("--nojit_compile", "KERAS_BACKEND=tensorflow"),
     ]
 
 
@@ -649,7 +652,7 @@ def test_other_backends(backend, program, monkeypatch):
     done = in_new_process(f"train/{program}")
     assert done.returncode == 1
     assert re.fullmatch(
-        rf"{re.escape(program)}: .*{backend}.* tensorflow and jax.*\n",
+        rf"{re.escape(program)}: .*{backend}.* tensorflow, jax, torch.*\n",
         done.stderr,
     )
 
