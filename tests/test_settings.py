@@ -66,7 +66,7 @@ def test_what_a_result_lacks_equals_its_default(name):
 
 
 def test_committed_results_count():
-    """MNIST's rows of the paper are finished as reproduce.py would make them."""
+    """MNIST's rows of the paper are as reproduce.py would make them."""
     for method in columns.ROWS:
         arguments = [*columns.cell("mnist", method), "--seed=0"]
         job = sweep.job(method, arguments, RESULTS / "mnist")
