@@ -298,7 +298,10 @@ def launch(tmp_path):
 def checkpoint_of(folder):
     """Tells one checkpoint from the next."""
     path = folder / "model.keras"
-    return path.stat().st_ino if path.exists() else None
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:  # also while it makes room for the next one
+        return None
 
 
 def wait_for(happens, seconds=600):
