@@ -12,14 +12,10 @@ query, key, value --W_q, W_k, W_v--> q, k, v --> attention --W_o--> output
 A layer is the stock layer with `FAEinsumDense` for each of its projections.
 """
 
-import inspect
-
 import keras
 
 from keras_fa import _cloning
-from keras_fa import constraints
 from keras_fa.layers.dense import FAEinsumDense
-from keras_fa.layers.feedback import RESOLVED
 from keras_fa.layers.feedback import FeedbackArguments
 
 
@@ -27,16 +23,9 @@ class _Attention(FeedbackArguments):
     """Mixin of the attention layers."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        family = {n: kwargs.pop(n, None) for n in self.feedback_arguments()}
-        given = inspect.signature(super().__init__).bind(*args, **kwargs)
-        for name in self.kernel_constraint_arguments:
-            if name in given.arguments:
-                given.arguments[name] = constraints.get_kernel_constraint(
-                    given.arguments[name]
-                )
+        given, family = self._split(super().__init__, args, kwargs)
         super().__init__(*given.args, **given.kwargs)
-        for name, value in family.items():
-            setattr(self, name, RESOLVED[name.split("_")[-1]](value))
+        self._keep(family)
 
     def build(
         self,

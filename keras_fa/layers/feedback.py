@@ -48,7 +48,7 @@ _FEEDBACK_ARGUMENTS = (
     "feedback_learning",
 )
 # What each of them resolves, by its last word.
-RESOLVED = {
+_RESOLVED = {
     "initializer": lambda given: initializers.drawn_apart(
         initializers.get(given)
     ),
@@ -337,6 +337,25 @@ class FeedbackArguments:
             for name in _FEEDBACK_ARGUMENTS
         ]
 
+    def _split(
+        self, stock: Callable, args: tuple, kwargs: dict[str, object]
+    ) -> tuple[inspect.BoundArguments, dict[str, object]]:
+        """A constructor's arguments: the stock layer's, and the feedback ones.
+
+        Kernel constraints among the stock layer's are resolved.
+        """
+        family = {n: kwargs.pop(n, None) for n in self.feedback_arguments()}
+        given = inspect.signature(stock).bind(*args, **kwargs)
+        for name in self.kernel_constraint_arguments:
+            if name in given.arguments:
+                given.arguments[name] = _own_constraint(given.arguments[name])
+        return given, family
+
+    def _keep(self, family: dict[str, object]) -> None:
+        """Resolves feedback arguments, and has them as attributes."""
+        for name, value in family.items():
+            setattr(self, name, _RESOLVED[name.split("_")[-1]](value))
+
     def given(self, kernel: str, argument: str) -> object:
         """The feedback argument of a kernel, such as its "constraint"."""
         prefix = self.prefixes.get(kernel, "")
@@ -400,18 +419,13 @@ class FeedbackLayer(FeedbackArguments):
     stock_peers: tuple[str, ...] = ()
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        family = {n: kwargs.pop(n, None) for n in self.feedback_arguments()}
-        given = inspect.signature(super().__init__).bind(*args, **kwargs)
-        for name in self.kernel_constraint_arguments:
-            if name in given.arguments:
-                given.arguments[name] = _own_constraint(given.arguments[name])
+        given, family = self._split(super().__init__, args, kwargs)
         super().__init__(*given.args, **given.kwargs)
         for name in (*_REFUSED_ARGUMENTS, "quantization_mode"):
             value = getattr(self, name, None)
             if value is not None:
                 _refuse(type(self).__name__, f"{name}={value}")
-        for name, value in family.items():
-            setattr(self, name, RESOLVED[name.split("_")[-1]](value))
+        self._keep(family)
         self._drawn_from = {}
 
     @property

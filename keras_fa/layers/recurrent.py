@@ -20,9 +20,11 @@ The computation is that of the stock cell, operation by operation. cuDNN, which
 computes errors by itself and so through W, is not used.
 """
 
-import inspect
+import threading
+import weakref
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import MutableMapping
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -31,7 +33,6 @@ from keras import ops
 
 from keras_fa import _cloning
 from keras_fa import _gradients
-from keras_fa import constraints
 from keras_fa import learning
 from keras_fa._types import Tensor
 from keras_fa.layers.feedback import FeedbackArguments
@@ -86,6 +87,16 @@ def _matmul(x: Tensor, kernels: list[Tensor], biases: list[Tensor]) -> Tensor:
     return ops.matmul(x, kernels[0])
 
 
+_thread = threading.local()
+
+
+def _in_loop() -> MutableMapping["_Cell", tuple[_Product, ...]]:
+    """The products of each cell whose loop over time this thread is in."""
+    if not hasattr(_thread, "products"):
+        _thread.products = weakref.WeakKeyDictionary()
+    return _thread.products
+
+
 class _Cell(FeedbackLayer):
     """Mixin of the recurrent cells."""
 
@@ -96,7 +107,6 @@ class _Cell(FeedbackLayer):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
-        self._products = None
         for name in self.kernel_names:
             rule = self.given(name, "learning")
             if rule is not None and rule.in_step and rule.loss is not None:
@@ -116,12 +126,13 @@ class _Cell(FeedbackLayer):
 
     def get_dropout_mask(self, step_input: Tensor) -> Tensor | list | None:
         """As the stock cell's, which RNN layers call before their loop."""
-        self._products = None if self._exact else self._make_products()
+        if not self._exact:
+            _in_loop()[self] = self._make_products()
         return super().get_dropout_mask(step_input)
 
     def reset_dropout_mask(self) -> None:
         """As the stock cell's, which RNN layers call after their loop."""
-        self._products = None
+        _in_loop().pop(self, None)
         super().reset_dropout_mask()
 
     def _make_products(self) -> tuple[_Product, ...]:
@@ -136,7 +147,7 @@ class _Cell(FeedbackLayer):
         if self._exact:
             stock = super(FeedbackLayer, self)
             return stock.call(inputs, states, training=training)
-        products = self._products or self._make_products()
+        products = _in_loop().get(self) or self._make_products()
         nested = isinstance(states, (list, tuple))
         listed = list(states) if nested else [states]
         masks = [None, None]
@@ -366,15 +377,8 @@ class _Recurrent(FeedbackArguments):
     cell_class: ClassVar[Callable] = _Cell
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        family = {n: kwargs.pop(n, None) for n in self.feedback_arguments()}
-        signature = inspect.signature(super().__init__)
-        given = signature.bind(*args, **kwargs)
-        for name in self.kernel_constraint_arguments:
-            if name in given.arguments:
-                given.arguments[name] = constraints.get_kernel_constraint(
-                    given.arguments[name]
-                )
-        if "use_cudnn" in signature.parameters:
+        given, family = self._split(super().__init__, args, kwargs)
+        if "use_cudnn" in given.signature.parameters:
             if given.arguments.get("use_cudnn") is True:
                 raise ValueError(
                     "cuDNN computes errors by itself, through W. Leave "
