@@ -1,5 +1,6 @@
 """Recurrent FA layers against sequences unrolled by hand."""
 
+import threading
 from typing import Any
 
 import backends
@@ -17,6 +18,9 @@ from keras_fa.alignment import diagnose
 from keras_fa.alignment import named_paths
 from keras_fa.constraints import NoisyKernel
 from keras_fa.methods import METHODS
+
+if backends.ON_TENSORFLOW:
+    import tensorflow as tf
 
 UNITS, STEPS, FEATURES = 4, 3, 3
 X = references.normal((2, STEPS, FEATURES), 1)
@@ -187,6 +191,39 @@ def test_b_is_made_once_for_a_sequence() -> None:
         for ours, theirs in zip(got, wanted):
             references.assert_close(ours, array(theirs))
         assert [array(s)[-1] for s in drawn] == [n + 1 for n in before]
+
+
+@pytest.mark.skipif(not backends.ON_TENSORFLOW, reason="of eager tapes")
+def test_threads_do_not_share_a_sequence() -> None:
+    """Each has its own reads of W and B, or its tape sees no kernel."""
+    layer = made("simple")
+    inside = threading.Barrier(2, timeout=60)
+    found = []
+
+    class Cell(type(layer.cell)):
+        def get_dropout_mask(self, step_input: Any) -> Any:
+            mask = super().get_dropout_mask(step_input)
+            inside.wait()  # both are in their sequences from here on
+            return mask
+
+    layer.cell.__class__ = Cell
+
+    def run() -> None:
+        with tf.GradientTape() as tape:
+            y = ops.sum(layer(X))
+        variables = [w.value for w in layer.trainable_weights]
+        found.append(tape.gradient(y, variables))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2
+    for one, other in zip(*found):
+        assert one is not None
+        assert other is not None
+        references.assert_close(array(one), array(other))
 
 
 def test_mixed_precision() -> None:
