@@ -22,7 +22,6 @@ from experiment.devices.one import OneDevice
 from experiment.devices.one import Share
 from experiment.devices.one import is_loss
 from experiment.devices.one import loss
-from experiment.errors import UserError
 from keras_fa.layers.feedback import all_variables
 
 
@@ -104,23 +103,6 @@ class Distributed(OneDevice):
 
         return self.strategy.distribute_datasets_from_function(own)
 
-    def tell(self, find: Callable[[], Any]) -> Any:
-        if self.workers == 1:
-            return find()
-        said, failure = {}, None
-        if self.chief:
-            try:
-                said["found"] = find()
-            except Exception as error:
-                failure = error
-                said["refused"] = str(error) or type(error).__name__
-        said = self._said(0, said)
-        if failure is not None:
-            raise failure
-        if "refused" in said:
-            raise UserError(f"Worker 0 refused the run: {said['refused']}")
-        return said["found"]
-
     def agree(self, wish: bool) -> bool:
         if self.workers == 1:
             return wish
@@ -134,7 +116,7 @@ class Distributed(OneDevice):
             return
         for variable in [*all_variables(model), *model.optimizer.variables]:
             value = np.asarray(variable)
-            sent = self._sent(0, np.frombuffer(value.tobytes(), np.uint8))
+            sent = self._sent(np.frombuffer(value.tobytes(), np.uint8))
             variable.assign(
                 np.frombuffer(sent, value.dtype).reshape(value.shape)
             )
@@ -151,19 +133,18 @@ class Distributed(OneDevice):
                 raise
             raise loss(self.worker, self.workers, error) from error
 
-    def _said(self, worker: int, what: Any) -> Any:
-        """What a worker says, in all of them; it is made of JSON."""
+    def _said(self, what: Any) -> Any:
         text = np.frombuffer(json.dumps(what).encode(), np.uint8)
-        length = self._sent(worker, np.array([len(text)]).view(np.uint8))
-        if worker != self.worker:
+        length = self._sent(np.array([len(text)]).view(np.uint8))
+        if not self.chief:
             text = np.zeros(int(length.view(np.int64)[0]), np.uint8)
-        return json.loads(self._sent(worker, text).tobytes())
+        return json.loads(self._sent(text).tobytes())
 
-    def _sent(self, worker: int, content: np.ndarray) -> np.ndarray:
-        """A worker's bytes; the others give as many, whatever they are."""
+    def _sent(self, content: np.ndarray) -> np.ndarray:
+        """The chief's bytes; the others give as many, whatever they are."""
         # Every means of communication adds float32 up, and bytes exactly.
         content = content.astype(np.float32)
-        if worker != self.worker:
+        if not self.chief:
             content = np.zeros_like(content)
         return self._added_up(content).astype(np.uint8)
 

@@ -107,7 +107,25 @@ class OneDevice:
         Raises:
             UserError: If the chief does, in every worker.
         """
-        return find()
+        if self.workers == 1:
+            return find()
+        said, failure = {}, None
+        if self.chief:
+            try:
+                said["found"] = find()
+            except Exception as error:
+                failure = error
+                said["refused"] = str(error) or type(error).__name__
+        said = self._said(said)
+        if failure is not None:
+            raise failure
+        if "refused" in said:
+            raise UserError(f"Worker 0 refused the run: {said['refused']}")
+        return said["found"]
+
+    def _said(self, what: Any) -> Any:
+        """What the chief says, in all workers; it is made of JSON."""
+        raise NotImplementedError
 
     def agree(self, wish: bool) -> bool:
         """Whether any of the workers, at the same point, has the wish."""

@@ -25,7 +25,6 @@ from experiment.devices.one import OneDevice
 from experiment.devices.one import Share
 from experiment.devices.one import is_loss
 from experiment.devices.one import loss
-from experiment.errors import UserError
 
 
 class Parallel(OneDevice):
@@ -44,23 +43,6 @@ class Parallel(OneDevice):
     def feed(self, batches: Callable[[Share], Any]) -> Any:
         # Keras cuts a process's part of a batch into those of its devices.
         return batches(Share(self.workers, self.worker, 1))
-
-    def tell(self, find: Callable[[], Any]) -> Any:
-        if self.workers == 1:
-            return find()
-        said, failure = {}, None
-        if self.chief:
-            try:
-                said["found"] = find()
-            except Exception as error:
-                failure = error
-                said["refused"] = str(error) or type(error).__name__
-        said = json.loads(self._sent(json.dumps(said).encode()))
-        if failure is not None:
-            raise failure
-        if "refused" in said:
-            raise UserError(f"Worker 0 refused the run: {said['refused']}")
-        return said["found"]
 
     def agree(self, wish: bool) -> bool:
         if self.workers == 1:
@@ -88,6 +70,9 @@ class Parallel(OneDevice):
             if self.workers == 1 or not is_loss(str(error)):
                 raise
             raise loss(self.worker, self.workers, error) from error
+
+    def _said(self, what: Any) -> Any:
+        return json.loads(self._sent(json.dumps(what).encode()))
 
     def _sent(self, content: bytes) -> bytes:
         """The chief's bytes, in all workers."""
