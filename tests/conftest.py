@@ -1,5 +1,6 @@
 """Fixtures of all tests: fixed seeds; on TensorFlow two logical CPUs."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,16 +68,49 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish() -> None:
+    """What the libraries have made stays: the collector need not look at it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
+
+
 def pytest_configure() -> None:
     if not ON_TENSORFLOW:
         return
     import tensorflow as tf
+
+    _optimize_graphs(False)
 
     # Before TensorFlow touches its devices.
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0],
         [tf.config.LogicalDeviceConfiguration()] * 2,
     )
+
+
+def _optimize_graphs(on: bool) -> None:
+    import tensorflow as tf
+
+    tf.config.optimizer.set_experimental_options(
+        {"disable_meta_optimizer": not on}
+    )
+
+
+@pytest.fixture(scope="module")
+def optimized_graphs() -> Iterator[None]:
+    """TensorFlow's graphs are optimized, as they are outside of these tests.
+
+    For what an optimized graph could break, the order of a step's reads and
+    writes first of all, and for programs that equal others in processes of
+    their own. Elsewhere a graph that runs a few times is not worth it.
+    """
+    if not ON_TENSORFLOW:
+        yield
+        return
+    _optimize_graphs(True)
+    yield
+    _optimize_graphs(False)
 
 
 @pytest.fixture(scope="session")

@@ -181,6 +181,7 @@ def compare(folder: Path, name: str, drawn: Callable[[str], bool]) -> None:
 
 
 @needs_all
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("writer", BACKENDS)
 def test_models_of_one_backend_are_the_same_on_the_others(
@@ -195,6 +196,7 @@ def test_models_of_one_backend_are_the_same_on_the_others(
 
 
 @needs_all
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STEPPED)
 def test_a_step_is_the_same_on_all_backends(case: str, folder: Path) -> None:
     start = keras.models.load_model(folder / f"tensorflow-{case}.keras")

@@ -1,12 +1,10 @@
 """brSF and the controls: signs of the start, frozen hidden kernels."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import backends
+import forks
 import keras
 import numpy as np
 import pytest
@@ -504,20 +502,8 @@ def test_files_load_in_another_process(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", X)
     for method, model in models.items():
         model.save(tmp_path / f"{method}.keras")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            LOAD,
-            *(f"{method}.keras" for method in METHODS),
-        ],
-        cwd=tmp_path,
-        env=os.environ
-        | {"PYTHONPATH": str(Path(keras_fa.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    files = (f"{method}.keras" for method in METHODS)
+    done = forks.run("-c", LOAD, *files, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for method, model in models.items():
         got = np.load(tmp_path / f"{method}.keras.npy")

@@ -26,6 +26,8 @@ from keras_fa.constraints import FixedSign
 from keras_fa.constraints import NoisyKernel
 from keras_fa.regularizers import Alignment
 
+pytestmark = pytest.mark.usefixtures("optimized_graphs")
+
 VARIANTS = [name for name in KINDS if name not in BASE_KINDS]
 
 

@@ -26,7 +26,10 @@ from keras_fa.callbacks import MirrorPhase
 from keras_fa.layers.direct import SendError
 from keras_fa.methods import METHODS
 
-pytestmark = pytest.mark.filterwarnings("ignore:KolenPollack aligns")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:KolenPollack aligns"),
+    pytest.mark.usefixtures("optimized_graphs"),
+]
 
 LEARNED = [name for name, m in METHODS.items() if m.feedback_learning]
 LOSSES = ("symmetric_alignment", "activation_alignment")

@@ -21,6 +21,8 @@ from experiment.datasets import photos  # noqa: E402
 from experiment.datasets.photos import Photos  # noqa: E402
 from experiment.devices.one import Share  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("optimized_graphs")
+
 SIZE = 8
 TRAINING, VALIDATION = 25, 10
 DAMAGED = ("train_3.JPEG", "validation_2.JPEG")

@@ -38,6 +38,8 @@ from experiment.table.grid import Grid
 from keras_fa.layers.direct import SendError
 from keras_fa.methods import METHODS
 
+pytestmark = pytest.mark.usefixtures("optimized_graphs")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -439,6 +441,7 @@ def test_runs_that_are_finished_elsewhere(tmp_path, monkeypatch, begun, capsys):
     assert sweep.paces([mine]) == {mine.kind: 7}
 
 
+@pytest.mark.slow
 def test_kill_ends_the_run_under_way(tmp_path):
     process = begin(
         "reproduce.py",

@@ -37,6 +37,8 @@ from experiment.runfolder.progress import Partial
 from experiment.runfolder.progress import Progress
 from experiment.runfolder.termination import Termination
 
+pytestmark = pytest.mark.usefixtures("optimized_graphs")
+
 NAME = "digits-digits-fa_usf_sn-s0"
 # Ten steps an epoch, with random state.
 COMMON = ("--epochs=3", "--batch_size=128", "--dropout=0.3")
@@ -588,10 +590,8 @@ def disk(tmp_path):
 
 
 @long_on_jax
-@pytest.mark.parametrize(
-    "event",
-    [pytest.param("on_train_begin", marks=pytest.mark.slow), "on_epoch_end"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("event", ["on_train_begin", "on_epoch_end"])
 def test_full_disk(event, disk, left, whole, monkeypatch, capfd):
     folder = Path(shutil.copytree(left, disk / NAME))
     unpatched = getattr(writer.RunWriter, event)

@@ -28,9 +28,12 @@ from experiment.runfolder import writer
 from keras_fa import convert
 from keras_fa.callbacks import StrictNormalization
 
-pytestmark = pytest.mark.skipif(
-    not ON_TENSORFLOW, reason="tf.distribute is TensorFlow's own"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not ON_TENSORFLOW, reason="tf.distribute is TensorFlow's own"
+    ),
+    pytest.mark.usefixtures("optimized_graphs"),
+]
 
 WORKER = Path(__file__).with_name("workers.py")
 METHODS = ("fa_usf_sn", "fa_usf_const_ei", "dfa")
@@ -124,7 +127,13 @@ def mirrored(strategy, network, monkeypatch):
 # Replicas in one process.
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        METHODS[0],
+        *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[1:]),
+    ],
+)
 def test_two_replicas_equal_one_device(method, mirrored, alone, tmp_path):
     arguments = ["--strategy=mirrored", "--steps_per_execution=2"]
     assert begin(tmp_path, method, *arguments) == 0
@@ -133,6 +142,7 @@ def test_two_replicas_equal_one_device(method, mirrored, alone, tmp_path):
     assert type(saved).__name__ == "Functional"
 
 
+@pytest.mark.slow
 def test_replicas_are_stopped_and_go_on(
     mirrored, alone, tmp_path, monkeypatch, capfd
 ):
@@ -152,6 +162,7 @@ def test_replicas_are_stopped_and_go_on(
     )
 
 
+@pytest.mark.slow
 def test_scaled_loss_is_resumed(mirrored, tmp_path):
     """The state of mixed_float16's optimiser is there once."""
     arguments = ["--strategy=mirrored", "--dtype_policy=mixed_float16"]
@@ -274,19 +285,15 @@ def ended(processes):
     return [(p.returncode, *s) for p, s in zip(processes, said)]
 
 
-@pytest.mark.parametrize(
-    "methods",
-    [METHODS[:1], pytest.param(METHODS[1:], marks=pytest.mark.slow)],
-    ids=",".join,
-)
-def test_two_workers_equal_one_device(methods, alone, tmp_path):
+@pytest.mark.slow
+def test_two_workers_equal_one_device(alone, tmp_path):
     chief, other = ended(
-        start_workers(tmp_path, *(f"--method={method}" for method in methods))
+        start_workers(tmp_path, *(f"--method={method}" for method in METHODS))
     )
     assert chief[0] == other[0] == 0, (chief[2], other[2])
     assert "Test error" in chief[1]
     assert "Test error" not in other[1]
-    for method in methods:
+    for method in METHODS:
         assert_close(
             folder_of(tmp_path / "0", method), folder_of(alone, method)
         )

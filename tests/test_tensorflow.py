@@ -24,6 +24,8 @@ if not backends.ON_TENSORFLOW:
 
 import tensorflow as tf
 
+pytestmark = pytest.mark.usefixtures("optimized_graphs")
+
 # Two replicas.
 
 

@@ -36,6 +36,8 @@ from experiment.datasets import arrays
 from experiment.errors import UserError
 from experiment.runfolder import writer
 
+pytestmark = pytest.mark.usefixtures("optimized_graphs")
+
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = {"seconds", "examples_per_second"}
 BACKEND = keras.backend.backend()
@@ -473,7 +475,9 @@ def test_flagfiles(flagfile):
     "argument",
     [
         "--dtype_policy=mixed_bfloat16",
-        pytest.param("--jit_compile", marks=requires_tensorflow),
+        pytest.param(
+            "--jit_compile", marks=[requires_tensorflow, pytest.mark.slow]
+        ),
     ],
 )
 def test_ways_to_compute(argument, train, finished, tmp_path):
@@ -502,6 +506,7 @@ def test_steps_per_execution_change_nothing(train, tmp_path):
 
 
 @requires_tensorflow
+@pytest.mark.slow
 def test_mirrored_replicas_equal_one_device(train, tmp_path):
     arguments = ["--epochs=2", "--batch_size=128", "--alignment_every=1"]
     name = "digits-digits-fa_usf_sn-s0"
