@@ -25,7 +25,13 @@ from experiment.errors import UserError
 pytestmark = pytest.mark.skipif(
     ON_TENSORFLOW, reason="tf.distribute is tested in test_strategies.py"
 )
-METHODS = ("fa_usf_sn", "fa_usf_const_ei", "dfa", "kolen_pollack")
+METHODS = (
+    "fa_usf_sn",
+    "fa_usf_const_ei",
+    "dfa",
+    "kolen_pollack",
+    "weight_mirror",
+)
 
 # What the programs below have in common. The network is smooth: rounding turns
 # no unit on or off.
@@ -38,6 +44,7 @@ import numpy as np
 from keras import distribution
 from keras import layers
 from keras_fa import convert
+from keras_fa import methods
 
 rng = np.random.default_rng(0)
 x = rng.normal(size=(48, 6, 6, 3)).astype("float32")
@@ -63,7 +70,16 @@ def trained(method, spread=None):
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     model = convert(stock, method)
-    model.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0)
+    callbacks = methods.METHODS[method].callbacks()
+    model.fit(
+        x,
+        y,
+        batch_size=16,
+        epochs=2,
+        shuffle=False,
+        verbose=0,
+        callbacks=callbacks,
+    )
     distribution.set_distribution(None)
     return model
 
