@@ -57,6 +57,13 @@ def test_methods_without_signs_by_unit(method, tmp_path, capfd):
     assert "--method=fa_usf_init_ei|bp_ei" in errors
 
 
+def test_feedback_that_learns_between_steps(tmp_path, capfd):
+    """How many steps a call takes must not say how often it learns."""
+    arguments = "--steps_per_execution=2 --method=weight_mirror"
+    errors = refusal(arguments, tmp_path, capfd)
+    assert "weight_mirror learns between training steps" in errors
+
+
 # Augmentation.
 
 

@@ -106,6 +106,12 @@ def draws(method: Method) -> bool:
     )
 
 
+def learns_between_steps(method: Method) -> bool:
+    """Whether its feedback learns from a callback, after a training step."""
+    learning = method.feedback_learning
+    return learning is not None and not learning.in_step
+
+
 def takes_units(method: Method) -> bool:
     """Whether it fixes signs, and learns something where units have them.
 

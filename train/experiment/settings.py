@@ -24,6 +24,7 @@ from experiment.devices import STRATEGIES
 from experiment.errors import UserError
 from experiment.model import OPTIMIZERS
 from experiment.model import draws
+from experiment.model import learns_between_steps
 from experiment.model import takes_units
 from experiment.networks import NETWORKS
 from keras_fa.methods import METHODS
@@ -588,6 +589,14 @@ def check(config: SimpleNamespace) -> None:
             "errors through feedback of one magnitude, by which units of one "
             "sign learn nothing. Leave it out, or choose "
             f"--method={'|'.join(taking)}."
+        )
+    if config.steps_per_execution > 1 and learns_between_steps(
+        METHODS[config.method]
+    ):
+        raise UserError(
+            f"--steps_per_execution={config.steps_per_execution}: the feedback "
+            f"of {config.method} learns between training steps, which would "
+            "happen once for so many. Leave it out."
         )
     for name in ("image_size", "crop_area"):
         value = getattr(config, name)
