@@ -110,7 +110,9 @@ def _no_way_down(x: tf.Tensor) -> tf.Tensor:
         input=x,
         message="tf.vectorized_map drops the gradient functions of feedback "
         "alignment layers: errors would go through W. Use tf.map_fn, or take "
-        "the gradient inside of the mapped function.",
+        "the gradient inside of the mapped function. (TimeDistributed maps so "
+        "where the number of time steps is unknown: give batches a static one, "
+        "or call the layer without the wrapper.)",
     )
 
 

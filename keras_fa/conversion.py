@@ -80,7 +80,8 @@ def convert(
     Every layer with a kernel becomes its FA counterpart, with the same name,
     the same forward weights, vocabulary and `trainable` flag and a feedback
     path as the method says; nested models, shared layers and the layers that
-    another layer holds (a block, `Bidirectional`, `RNN`) too. Outputs are
+    another layer holds (a block, `Bidirectional`, `RNN`, `TimeDistributed`)
+    too. Outputs are
     equal to the last bit, and weight files of the stock model load. Functions
     and objects that a layer was given, such as a lambda as its activation, are
     carried over as they are.
@@ -100,8 +101,8 @@ def convert(
             to method. Names win over classes. Default
             `None`. Not with DFA and DenseFA, which wire the whole model.
         skip: Names of layers to leave as they are: layers with a kernel of
-            their own that have no FA counterpart (ConvLSTM2D, TimeDistributed,
-            of one's own). Errors pass through them exactly. Default: none.
+            their own that have no FA counterpart (ConvLSTM2D, of one's own).
+            Errors pass through them exactly. Default: none.
         feedback_maps: What carries the direct errors of DFA and DenseFA, as
             `keras_fa.layers.direct.SendError` says in full. "dense" (default):
             a matrix `(size of source, size of receiver)` for each pair.
@@ -1044,13 +1045,10 @@ def _check_layers(model: keras.Model, skip: set[str]) -> None:
 def _kept_kernel(layer: keras.layers.Layer) -> keras.Variable | None:
     """A kernel that converting what a layer holds would not reach.
 
-    It is the layer's own, or one of a held layer that it reads by itself, or
-    calls apart for each step in time.
+    It is the layer's own, or one of a held layer that it reads by itself.
     """
     if not isinstance(layer, keras.layers.Layer):
         return None
-    if isinstance(layer, keras.layers.TimeDistributed):
-        return _kernel_of(layer)
     own = [w for w in _cloning.own_weights(layer) if w.name.endswith("kernel")]
     read = [v for v in vars(layer).values() if isinstance(v, keras.Variable)]
     return next((w for w in [*own, *read] if w.name.endswith("kernel")), None)

@@ -980,9 +980,6 @@ def _around(layer: layers.Layer, shape: tuple = (5, 6)) -> keras.Model:
 
 
 ODD: dict[str, Callable[[], layers.Layer]] = {
-    "TimeDistributed": lambda: layers.TimeDistributed(
-        layers.Dense(4), name="odd"
-    ),
     "Bilinear": lambda: Bilinear(name="odd"),
     "OwnDense": lambda: OwnDense(4, name="odd"),
     "SpectralNormalization": lambda: layers.SpectralNormalization(
@@ -1009,11 +1006,11 @@ def test_layer_without_counterpart(kind: str, method: str) -> None:
 
 
 def test_layer_without_counterpart_is_not_hidden_by_a_namesake() -> None:
-    odd = layers.TimeDistributed(layers.Dense(3), name="x")
+    odd = OwnDense(3, name="x")
     first = keras.Sequential([keras.Input((4, 2)), odd, layers.Flatten()])
     second = keras.Sequential([keras.Input((12,)), layers.Dense(3, name="x")])
     start = keras.Input((4, 2))
-    with pytest.raises(ValueError, match=r"'x' \(TimeDistributed\)"):
+    with pytest.raises(ValueError, match=r"'x' \(OwnDense\)"):
         convert(keras.Model(start, second(first(start))), "fa")
 
 
