@@ -65,11 +65,11 @@ def test_gradients(kind: str) -> None:
         scores = ops.einsum("bqhk,bvhk->bhqv", q, k) / np.sqrt(3.0)
         scores = ops.where(MASK[:, None], scores, -1e9)
         y = ops.einsum("bhqv,bvhk->bqhk", ops.softmax(scores), v)
-        return projection(y, *weights[6:], feedback[3]) * error
+        return ops.multiply(projection(y, *weights[6:], feedback[3]), error)
 
     def ours(x: Any, other: Any) -> Any:
         y = layer(x, other, attention_mask=ops.convert_to_tensor(MASK))
-        return y * error
+        return ops.multiply(y, error)
 
     given = [X, OTHER, *map(array, variables)]
     y, wanted, _ = backends.vjp(None, reference, given)
