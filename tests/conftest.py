@@ -41,7 +41,6 @@ collect_ignore = (
 NOT_ON_TORCH = {
     "test_the_error_can_be_differentiated": "refused: there is one derivative",
     "test_jit_compiled_fit_equals_plain_fit": "minutes of torch.compile",
-    "test_resumed_run_equals_uninterrupted_one": "not to the last bit so far",
     "test_other_backends[numpy-main.py]": "Keras's numpy backend imports jax",
     # Keras refuses it on PyTorch.
     **dict.fromkeys(

@@ -34,6 +34,7 @@ from experiment import settings
 from experiment import startup
 from experiment.datasets import arrays
 from experiment.errors import UserError
+from experiment.networks.layers import seeded_dropout
 from experiment.runfolder import writer
 
 pytestmark = pytest.mark.usefixtures("optimized_graphs")
@@ -318,7 +319,7 @@ def test_resumed_run_equals_uninterrupted_one(
     # All layers that draw random numbers: windows, mirroring and dropout. A
     # small network, since half precision is slow on a CPU.
     def with_dropout(x, classes):
-        x = keras.layers.Dropout(0.3)(x)
+        x = seeded_dropout("dropout", 0.3)(x)
         x = keras.layers.Conv2D(4, 3, activation="relu", name="conv")(x)
         x = keras.layers.Flatten(name="flatten")(x)
         return keras.layers.Dense(classes, dtype="float32", name="fc")(x)
