@@ -112,17 +112,25 @@ def _feedback_gradient(
 
     Without dx if that is not `wanted`, as on a backend that prunes nothing.
     """
-    dx = None
-    if wanted:
-        dx = transposed(lambda x: op(x, back, biases), x, dy)
-    of_kernels, of_biases = [], []
-    for i, kernel in enumerate(forward):
-        # What x meets before this kernel is W, what it meets after it B.
-        def local(kernel: Tensor, *biases: Tensor, i: int = i) -> Tensor:
+    dx, of_kernels, of_biases = None, [], []
+    for i, kernel in enumerate(back):
+        # What x meets before this kernel is W, what it meets after it B. The
+        # product does not depend on the kernel itself: with B in the place of
+        # the first one, dx comes with it.
+        def local(
+            x: Tensor, kernel: Tensor, *biases: Tensor, i: int = i
+        ) -> Tensor:
             mixed = [*forward[:i], kernel, *back[i + 1 :]]
             return op(x, mixed, list(biases))
 
-        of_kernel, *of_biases = backend.pullback(local, [kernel, *biases], dy)
+        if wanted and i == 0:
+            dx, of_kernel, *of_biases = backend.pullback(
+                local, [x, kernel, *biases], dy
+            )
+        else:
+            of_kernel, *of_biases = backend.pullback(
+                functools.partial(local, x), [kernel, *biases], dy
+            )
         of_kernels.append(of_kernel)
     of_feedback = None if learn is None else learn(of_kernels)
     return dx, of_kernels, of_biases, of_feedback

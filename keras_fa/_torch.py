@@ -7,6 +7,7 @@ that are run for the sake of their transpose alone (`_ForTranspose`).
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -98,8 +99,8 @@ def pullback(
     """The gradients of a function's arguments for the error at its output.
 
     Args:
-        function: A function of tensors, linear in all of them together if
-            there is a `dy`: its values are then not computed.
+        function: A function of tensors, linear in each of them if there is a
+            `dy`: its values are then not computed.
         arguments: Its arguments.
         dy: The error. Default: 1. The result is a function of it, and of what
             else `function` reads, that can be differentiated once more.
@@ -150,15 +151,30 @@ class _ForTranspose(TorchDispatchMode):
             isinstance(a, torch.Tensor) and a.requires_grad for a in args
         ):
             return func(*args, **kwargs)
-        (first,) = (a for a in args[:1] if isinstance(a, torch.Tensor))
-        meta = [
-            torch.empty_like(a, device="meta")
-            if isinstance(a, torch.Tensor)
-            else a
-            for a in args
-        ]
-        y = func(*meta, **kwargs)
-        return first.new_zeros((), dtype=y.dtype).expand(y.shape)
+        shape, dtype = _result(func, *map(_described, args), **kwargs)
+        return args[0].new_zeros((), dtype=dtype).expand(shape)
+
+
+def _described(argument: object) -> object:
+    """What there is to know of an argument before its values; hashable."""
+    if isinstance(argument, torch.Tensor):
+        return argument.shape, argument.dtype
+    return tuple(argument) if isinstance(argument, list) else argument
+
+
+@functools.lru_cache(1024)
+def _result(
+    func: Callable, *described: object, **kwargs: object
+) -> tuple[torch.Size, torch.dtype]:
+    """Shape and dtype of an operation's value. PyTorch takes long to tell."""
+    arguments = [
+        torch.empty(one[0], dtype=one[1], device="meta")
+        if isinstance(one, tuple) and isinstance(one[-1], torch.dtype)
+        else one
+        for one in described
+    ]
+    value = func(*arguments, **kwargs)
+    return value.shape, value.dtype
 
 
 def without_error(inputs: object) -> None:

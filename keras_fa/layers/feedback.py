@@ -525,8 +525,9 @@ class FeedbackLayer(FeedbackArguments):
         sparse = _gradients.backend.without_error(inputs)
         if sparse is not None:  # there is nothing below to send an error to
             return super().call(sparse, *args, **kwargs)
-        # What the stock call does not take is refused as it refuses it.
-        inspect.signature(super().call).bind(inputs, *args, **kwargs)
+        if args or kwargs:
+            # What the stock call does not take is refused as it refuses it.
+            inspect.signature(super().call).bind(inputs, *args, **kwargs)
         # Each read once: B is made of the very W that y is computed with.
         kernels = [ops.convert_to_tensor(path.kernel) for path in paths]
         biases = [] if self.bias is None else [ops.convert_to_tensor(self.bias)]
@@ -564,9 +565,11 @@ class FeedbackLayer(FeedbackArguments):
         weights = [*(path.kernel for path in self.feedback_paths), self.bias]
         tensors = dict(zip(map(id, weights), [*kernels, *biases]))
         linear = object.__new__(type(self))
-        for name, value in vars(self).items():
-            vars(linear)[name] = tensors.get(id(value), value)
-        vars(linear)["activation"] = None
+        attributes = vars(self)
+        vars(linear).update(attributes, activation=None)
+        for name, value in attributes.items():
+            if id(value) in tensors:
+                vars(linear)[name] = tensors[id(value)]
         return super(FeedbackLayer, linear).call(x)
 
     def _effective(self, kernels: list[Tensor]) -> list[Tensor]:
