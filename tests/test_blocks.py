@@ -131,7 +131,8 @@ def reference(
         outputs, *tensors = cut(x, training=True)
         value = loss(y, outputs)
         for tensor, matrix in zip(tensors, matrices):
-            value += ops.sum(tensor * received(e, matrix, tensor.shape[1:]))
+            direct = received(e, matrix, tensor.shape[1:])
+            value += ops.sum(ops.multiply(tensor, direct))
         return value
 
     weights = stock.trainable_weights
@@ -262,7 +263,8 @@ def test_blocks_on_two_replicas(strategy: Any) -> None:
 
 def test_a_block_does_not_depend_on_what_is_above() -> None:
     def linear(y: Any, z: Any) -> Any:
-        return ops.sum(z * Y)  # so that e is Y whatever the weights
+        # So that e is Y whatever the weights.
+        return ops.sum(ops.multiply(z, Y))
 
     start = keras.Input((4,))
     x = start
