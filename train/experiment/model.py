@@ -73,9 +73,10 @@ def build(config: SimpleNamespace) -> keras.Model:
             model = keras_fa.convert(
                 stock, method, feedback_maps=config.feedback_maps
             )
-    except ValueError as error:  # maps that are too large
+    except ValueError as error:  # a rule that a layer lacks, maps too large
+        named = "method" if method.wiring == "chain" else "feedback_maps"
         raise UserError(
-            f"--feedback_maps={config.feedback_maps}: {error}"
+            f"--{named}={getattr(config, named)}: {error}"
         ) from error
     if config.backend == "tensorflow":
         fuse(model)

@@ -2,8 +2,8 @@
 entry of `NETWORKS`.
 
 A network is a function from a batch of images to logits, which are float32
-whatever the dtype policy is. The kernels are he_normal; the layers have
-explicit names, which appear in the alignment curves.
+whatever the dtype policy is. The kernels are he_normal, but for recurrent ones;
+the layers have explicit names, which appear in the alignment curves.
 """
 
 from collections.abc import Callable
@@ -83,6 +83,7 @@ _IMAGENET = (224, 224, 3)
 
 NETWORKS = {
     "digits": Network(chains.digits, (8, 8, 1), (8, 8, 1)),
+    "digits_lstm": Network(chains.digits_lstm, (8, 8, 1), (8, 8, 1)),
     "mnist": Network(chains.mnist, (28, 28, 1), (28, 28, 1)),
     "cifar10_1": Network(chains.cifar10_1, _CIFAR, (24, 24, 3)),
     "cifar10_2": Network(chains.cifar10_2, _CIFAR, _CIFAR, drops=False),
@@ -145,7 +146,8 @@ def build(
         `input_shape` without.
 
     Raises:
-        UserError: If the images are too small for the network.
+        UserError: If the images are too small for the network, or it has no
+            ReLU for `normalization`.
     """
     network = NETWORKS[name]
     if image_size is not None:
@@ -162,7 +164,7 @@ def build(
     if normalization == "batch":
         seen = keras.Input(network.input_shape, dtype="float32")
         plain = keras.Model(seen, network.logits(seen, classes, **options))
-        logits = _with_batch_normalization(plain, x)
+        logits = _with_batch_normalization(name, plain, x)
     else:
         logits = network.logits(x, classes, **options)
     model = keras.Model(inputs, logits, name=name)
@@ -176,11 +178,17 @@ def build(
 
 
 def _with_batch_normalization(
-    plain: keras.Model, x: KerasTensor
+    name: str, plain: keras.Model, x: KerasTensor
 ) -> KerasTensor:
     """The chain of a model's layers, with BatchNormalization in it."""
     _, *layers = plain.layers
     *hidden, _ = [one for one in layers if isinstance(one, Conv2D | Dense)]
+    if not hidden:
+        raise UserError(
+            f"--normalization=batch: {name} has no hidden ReLU to put "
+            "BatchNormalization in front of. Leave it out, or choose another "
+            "--model."
+        )
     for layer in layers:
         config = layer.get_config()
         if layer not in hidden:

@@ -1,9 +1,11 @@
 """The networks that are a chain of layers."""
 
 from keras import KerasTensor
+from keras.layers import LSTM
 from keras.layers import Flatten
 from keras.layers import GlobalAveragePooling2D
 from keras.layers import MaxPooling2D
+from keras.layers import Reshape
 from keras.layers import ZeroPadding2D
 
 from experiment.networks.layers import conv
@@ -21,6 +23,18 @@ def digits(x: KerasTensor, classes: int, dropout: float = 0.0) -> KerasTensor:
     x = Flatten(name="flatten")(x)
     x = dense("fc1", 128)(x)
     return logits("fc2", classes)(drop(x, dropout))
+
+
+def digits_lstm(
+    x: KerasTensor, classes: int, dropout: float = 0.0
+) -> KerasTensor:
+    """An LSTM that reads an 8x8 image row by row, from the top.
+
+    The recurrent kernel is orthogonal, as Keras's own.
+    """
+    x = Reshape((8, 8), name="rows")(x)
+    x = LSTM(64, kernel_initializer="he_normal", unroll=True, name="lstm")(x)
+    return logits("fc", classes)(drop(x, dropout))
 
 
 def mnist(x: KerasTensor, classes: int, dropout: float = 0.0) -> KerasTensor:

@@ -71,12 +71,19 @@ _SLOWER = {
 }
 
 
-def _decaying(rate: float) -> dict[str, tuple[str, ...]]:
+def _decaying(rate: float, *names: str) -> dict[str, tuple[str, ...]]:
     """What aligns as far as weights decay: to about a tenth over the run."""
-    names = ("kolen_pollack", "direct_kolen_pollack")
+    names = names or ("kolen_pollack", "direct_kolen_pollack")
     return dict.fromkeys(names, (f"--weight_decay={rate:g}",))
 
 
+# What sends errors from layer to layer, and so back in time. Kunin's rules do
+# not: they learn from the x and y of a step, and a recurrent layer has many.
+_RECURRENT = (
+    *CHAIN_ROWS,
+    *"bp_const fa_usf_const fa_usf_const_ei bp_ei fa_usf_sn_ei brsf".split(),
+    *"fixed_sign_feedback frozen kolen_pollack weight_mirror pfa".split(),
+)
 # All-CNN-C's dense maps between feature maps would fill 124 GB.
 _SMALL_MAPS = {"dense_fa": ("--feedback_maps=convolutional",)}
 
@@ -113,6 +120,13 @@ COLUMNS = {
         _SLOWER,
     ),
     "digits": Column("digits", "digits", tuple(METHODS), ("--epochs=30",)),
+    "digits_lstm": Column(
+        "digits",
+        "digits_lstm",
+        _RECURRENT,
+        ("--epochs=30", "--learning_rate=0.003"),
+        _decaying(1, "kolen_pollack", "pfa"),
+    ),
 }
 
 
