@@ -913,14 +913,17 @@ def test_file_of_arrays(train, tmp_path, monkeypatch):
     assert len(splits.validation.labels) == 20
     np.testing.assert_array_equal(splits.test.labels, arrays["test_labels"])
 
-    status, _, errors = train(
-        "--dataset=mnist",
-        "--epochs=1",
-        "--batch_size=90",
-        f"--data_dir={tmp_path}",
-    )
-    assert (status, errors) == (0, "")
+    for epochs in (1, 2):
+        status, _, errors = train(
+            "--dataset=mnist",
+            f"--epochs={epochs}",
+            "--batch_size=90",
+            f"--data_dir={tmp_path}",
+            "--resume",
+        )
+        assert (status, errors) == (0, "")
     folder = tmp_path / "runs" / "mnist-mnist-fa_usf_sn-s0"
+    assert len(history(folder)) == 2
     assert json.loads((folder / "result.json").read_text())["test_error"] > 50
 
 
