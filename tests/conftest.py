@@ -9,6 +9,9 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # As the programs in train/, so that a run in here equals one out there.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+if os.environ.get("KERAS_BACKEND") == "torch":
+    # Its threads wait for each other busily, and tests run side by side.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # JAX compiles every small operation: with few passes, and none of them twice.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -58,6 +61,27 @@ NOT_ON_TORCH = {
 }
 
 
+# What is run on PyTorch unless `-m slow` asks for the rest. The package's own
+# lines for PyTorch are the error path, what constraints remember, and random
+# states outside of variables; the rest is Keras's operations, which are tested
+# on TensorFlow and JAX. So: each layer kind against its reference, what a step
+# computes, each method after training, direct errors, `state_dict`, and runs
+# that are resumed.
+PROVE_TORCH = {
+    "test_attention.py",
+    "test_constraints.py",
+    "test_cost.py",
+    "test_layers.py",
+    "test_methods.py",
+    "test_recurrent.py",
+    "test_torch.py",
+    "test_wiring.py",
+    "test_file_of_arrays",
+    "test_resumed_run_equals_uninterrupted_one",
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before what -m leaves out is left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items if ON_TORCH else ():
         reason = NOT_ON_TORCH.get(
@@ -65,6 +89,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         )
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+        if PROVE_TORCH.isdisjoint((item.path.name, item.originalname)):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

@@ -218,6 +218,7 @@ def test_first_page_is_short_and_has_the_commands_of_ci() -> None:
     for environment, end in (
         (".venv", " && .venv/bin/python -m pytest -n 2"),
         (".venv-jax", " && KERAS_BACKEND=jax .venv-jax/bin/pytest -n 2"),
+        (".venv-torch", " && KERAS_BACKEND=torch .venv-torch/bin/pytest -n 2"),
     ):
         found = pattern.replace("$1", environment)
         (line,) = [line for line in lines if re.search(found, line)]
