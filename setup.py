@@ -20,6 +20,7 @@ TRAIN = [
     "tensorflow-datasets>=4.9.10",
 ]
 TEST = [*TRAIN, *JAX, "pytest>=8", "pytest-xdist>=3.8", "ruff>=0.14"]
+HUB = ["keras-hub>=0.32"]  # brings tensorflow-text, which is large
 DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=1.0"]
 
 setup(
@@ -47,6 +48,7 @@ setup(
         "torch": TORCH,
         "train": TRAIN,
         "test": TEST,
+        "hub": HUB,
         "docs": DOCS,
     },
 )

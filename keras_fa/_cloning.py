@@ -8,6 +8,7 @@ models as they are, `flatten` takes them apart.
 
 import collections
 import contextlib
+import inspect
 import tempfile
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -493,12 +494,31 @@ def again(
             plain = layer.get_config()
             if "name" in config:
                 plain["name"] = config["name"]
-            new = type(layer).from_config(plain)
+            new = _of_config(type(layer), plain)
         if hasattr(layer, "save_assets"):
             with tempfile.TemporaryDirectory() as folder:
                 layer.save_assets(folder)
                 new.load_assets(folder)
     return new
+
+
+def _of_config(cls: type, config: dict[str, object]) -> keras.Operation:
+    """`cls.from_config`, also of a config that tells what follows from it."""
+    try:
+        return cls.from_config(dict(config))
+    except Exception:
+        taken = {n: v for n, v in config.items() if n in arguments(cls)}
+        if len(taken) < len(config):
+            with contextlib.suppress(Exception):
+                return cls.from_config(taken)
+        raise
+
+
+def arguments(cls: type) -> set[str]:
+    """What the constructor of a layer or an operation takes, by name."""
+    bases = [c for c in cls.__mro__ if issubclass(c, keras.Operation)]
+    given = [set(inspect.signature(b.__init__).parameters) for b in bases]
+    return {"name", "trainable", "dtype"}.union(*given)
 
 
 @contextlib.contextmanager

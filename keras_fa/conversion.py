@@ -19,7 +19,6 @@ STOP and SEND are identities in the forward pass: outputs do not change.
 
 import copy
 import dataclasses
-import inspect
 import logging
 import math
 import os
@@ -498,7 +497,7 @@ def _stock_of(
             "not known. Replace it by hand."
         )
     config = _plain_config(layer)
-    for name in config.keys() - _arguments(stock):
+    for name in config.keys() - _cloning.arguments(stock):
         del config[name]
     return _cloning.again(layer, stock, config)
 
@@ -532,13 +531,6 @@ def _held_pairs(
         for ours, theirs in zip(all_layers(layer), all_layers(stock))
         if isinstance(ours, FeedbackLayer)
     ]
-
-
-def _arguments(stock: type) -> set[str]:
-    """What a stock layer's constructor takes."""
-    bases = [c for c in stock.__mro__ if issubclass(c, keras.layers.Layer)]
-    given = [set(inspect.signature(b.__init__).parameters) for b in bases]
-    return {"name", "trainable", "dtype"}.union(*given)
 
 
 def _counterpart(

@@ -293,6 +293,31 @@ class NoConfig(layers.Layer):
         return self.inner(x)
 
 
+class Derived(layers.Layer):
+    """A layer whose config tells more than its constructor takes."""
+
+    def __init__(self, units: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.units = units
+        self.inner = layers.Dense(units, name="inner")
+
+    def call(self, x: Any) -> Any:
+        return self.inner(x)
+
+    def get_config(self) -> dict:
+        config = {"units": self.units, "twice": 2 * self.units}
+        return {**super().get_config(), **config}
+
+
+def test_a_config_that_tells_more_than_the_constructor_takes() -> None:
+    start = keras.Input((4,))
+    stock = keras.Model(start, Derived(3, name="block")(start))
+    model = convert(stock, "fa")
+    assert named_paths(model).keys() == {"block/inner"}
+    x = references.normal((2, 4), 1)
+    np.testing.assert_array_equal(array(model(x)), array(stock(x)))
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
