@@ -41,6 +41,7 @@ from keras_fa.methods import METHODS
 pytestmark = pytest.mark.usefixtures("optimized_graphs")
 
 ROOT = Path(__file__).resolve().parents[1]
+BEYOND = columns.COLUMNS["mnist"].methods[len(columns.ROWS) :]
 
 
 def begin(program, *arguments):
@@ -246,16 +247,32 @@ def test_job_is_finished_by_a_run_that_is_older_than_a_setting(job):
 
 @requires_tensorflow  # a run of one backend is none of the other's
 @pytest.mark.parametrize(
-    ("column", "added", "least"),
-    [("mnist", [], 9), ("cifar10_1", ["--dtype_policy=mixed_bfloat16"], 6)],
+    ("column", "methods", "dtype_policy", "least"),
+    [
+        ("mnist", columns.ROWS, "float32", 9),
+        ("mnist", BEYOND, "mixed_bfloat16", 5),
+        (
+            "cifar10_1",
+            columns.COLUMNS["cifar10_1"].methods,
+            "mixed_bfloat16",
+            19,
+        ),
+        ("digits_lstm", columns.COLUMNS["digits_lstm"].methods, "float32", 17),
+    ],
 )
-def test_committed_results_are_finished_jobs(column, added, least):
+def test_committed_results_are_finished_jobs(
+    column, methods, dtype_policy, least
+):
     """Of seed 0; their recipes are those of the column's flag files."""
+    chosen = f"--methods={','.join(methods)}"
     commandline.parse(
-        reproduce.FLAGS, ["reproduce.py", f"--column={column}", "--seeds=1"]
+        reproduce.FLAGS,
+        ["reproduce.py", f"--column={column}", "--seeds=1", chosen],
     )
     folder = ROOT / "train/results" / column
-    wanted = reproduce.jobs([f"--runs_dir={folder}", *added])
+    wanted = reproduce.jobs(
+        [f"--runs_dir={folder}", f"--dtype_policy={dtype_policy}"]
+    )
     assert not [text for text in map(sweep.conflict, wanted) if text]
     assert sum(sweep.result(job) is not None for job in wanted) >= least
 
