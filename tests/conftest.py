@@ -52,6 +52,7 @@ NOT_ON_TORCH = {
             "test_the_phase_comes_after_so_many_updates[4-3-None-wanted3]",
             "test_the_callback_makes_a_training_of_init_one_of_sn[2-False]",
             "test_the_callback_makes_a_training_of_init_one_of_sn[4-True]",
+            "test_steps_of_one_execution_are_one",
             "test_steps_per_execution_change_nothing",
             "test_bad_input[--batch_size=600 --steps_per_execution=3 "
             "--method=bp-1293]",
