@@ -257,7 +257,7 @@ def test_job_is_finished_by_a_run_that_is_older_than_a_setting(job):
             "mixed_bfloat16",
             19,
         ),
-        ("digits_lstm", columns.COLUMNS["digits_lstm"].methods, "float32", 17),
+        ("digits_lstm", columns.COLUMNS["digits_lstm"].methods, "float32", 18),
     ],
 )
 def test_committed_results_are_finished_jobs(
