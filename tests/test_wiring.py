@@ -1261,9 +1261,11 @@ def test_any_graph_is_wired(build: Callable, method: str) -> None:
     stock = build()
     x = _examples(stock)
     model = convert(stock, method)
-    assert np.array_equal(model(x), stock(x))
+    # PyTorch's stock LSTM adds up in another order than its cell.
+    tolerance = 1e-6 if backends.ON_TORCH else 0.0
+    for each in (model, to_backprop(model)):
+        np.testing.assert_allclose(each(x), stock(x), rtol=0, atol=tolerance)
     assert _all_maps(model) or method == "dense_fa"  # two layers, no more
-    assert np.array_equal(to_backprop(model)(x), stock(x))
     model.compile(keras.optimizers.SGD(0.1), "mse")
     model.fit(x, np.ones(stock(x).shape), verbose=0)
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
