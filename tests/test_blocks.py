@@ -132,7 +132,8 @@ def reference(
         value = loss(y, outputs)
         for tensor, matrix in zip(tensors, matrices):
             direct = received(e, matrix, tensor.shape[1:])
-            value += ops.sum(ops.multiply(tensor, direct))
+            direct = ops.convert_to_tensor(direct, tensor.dtype)
+            value += ops.sum(tensor * direct)
         return value
 
     weights = stock.trainable_weights
