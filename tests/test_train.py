@@ -465,10 +465,8 @@ def test_flagfiles(flagfile):
     if flagfile in ("imagenet_usf.flags", "imagenet_sample.flags"):
         assert (config.dataset, config.method) == ("imagenet2012", "fa_usf_sn")
         return
-    several = config.dataset in ("cifar10", "imagenet2012")
-    column = config.model if several else config.dataset
     method = "usf" if flagfile == "digits_usf.flags" else config.method
-    assert flagfile == f"{column}_{method}.flags"
+    assert flagfile == f"{config.model}_{method}.flags"
     assert config.alignment_every == 1
 
 
