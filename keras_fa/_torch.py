@@ -169,7 +169,7 @@ def _result(
     """Shape and dtype of an operation's value. PyTorch takes long to tell."""
     arguments = [
         torch.empty(one[0], dtype=one[1], device="meta")
-        if isinstance(one, tuple) and isinstance(one[-1], torch.dtype)
+        if isinstance(one, tuple) and one and isinstance(one[-1], torch.dtype)
         else one
         for one in described
     ]
