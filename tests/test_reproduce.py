@@ -754,7 +754,7 @@ def stored(model, name):
     return array(model.get_layer(name).feedback_kernel)
 
 
-@pytest.mark.parametrize("method", ["fa", "fa_usf_init"])
+@pytest.mark.parametrize("method", ["fa", "fa_usf_init", "kolen_pollack"])
 def test_feedback_scale(method):
     """B_0 is `scale` times he_normal, whatever W_0 is, each layer its own."""
     model = models.build(

@@ -96,10 +96,8 @@ def parameters(model: keras.Model) -> int:
 
 
 def draws(method: Method) -> bool:
-    """Whether errors are sent through feedback that is random and fixed."""
+    """Whether errors are sent through feedback that is drawn at the start."""
     fixed = isinstance(method.feedback_constraint, SignConcordance)
-    if method.feedback_learning is not None or method.map_learning is not None:
-        return False
     return (
         method.wiring != "chain"
         or (fixed and not method.feedback_constraint.strict)
@@ -135,10 +133,10 @@ def signs_by_unit(method: Method) -> Method:
 
 
 def scaled(method: Method, scale: float) -> Method:
-    """The method whose fixed random feedback is drawn `scale` times as large.
+    """The method whose random feedback is drawn `scale` times as large.
 
-    B_0 is then `scale` times he_normal, whatever W_0 is; the fixed maps of DFA
-    and DenseFA are `scale` times what they are by default.
+    B_0 is then `scale` times he_normal, whatever W_0 is; the maps of direct
+    errors are `scale` times what they are by default.
     """
     if scale == 1:
         return method

@@ -254,8 +254,8 @@ TABLE = (
         _RECIPE,
         float,
         1.0,
-        "Fixed random feedback starts as this many times what it is by "
-        "default: B_0 times he_normal, or the fixed maps of DFA and DenseFA. "
+        "Random feedback starts as this many times what it is by default: "
+        "B_0 times he_normal, or the maps of direct errors. "
         "Adam's steps do not depend on the scale of B_0 or of DFA's maps.",
         "(0, inf)",
     ),
@@ -579,7 +579,7 @@ def check(config: SimpleNamespace) -> None:
         drawing = [name for name, method in METHODS.items() if draws(method)]
         raise UserError(
             f"--feedback_scale={config.feedback_scale}: {config.method} has no "
-            "fixed random feedback to scale. Leave it out, or choose "
+            "random feedback to scale. Leave it out, or choose "
             f"--method={'|'.join(drawing)}."
         )
     if config.fixed_signs == "unit" and not takes_units(METHODS[config.method]):
