@@ -250,7 +250,7 @@ def test_job_is_finished_by_a_run_that_is_older_than_a_setting(job):
     ("column", "methods", "dtype_policy", "least"),
     [
         ("mnist", columns.ROWS, "float32", 9),
-        ("mnist", BEYOND, "mixed_bfloat16", 5),
+        ("mnist", BEYOND, "mixed_bfloat16", 7),
         (
             "cifar10_1",
             columns.COLUMNS["cifar10_1"].methods,
@@ -842,7 +842,9 @@ def test_recipe_is_kept(tmp_path, capfd):
 def test_methods_that_draw_feedback():
     drawing = {name for name, method in METHODS.items() if models.draws(method)}
     assert drawing == {
-        "fa", "fa_usf_init", "fa_usf_init_ei", "dfa", "dense_fa", "drtp"
+        "fa", "fa_usf_init", "fa_usf_init_ei", "dfa", "dense_fa", "drtp",
+        "kolen_pollack", "weight_mirror", "symmetric_alignment",
+        "activation_alignment", "information_alignment", "direct_kolen_pollack",
     }  # fmt: skip
 
 
