@@ -73,11 +73,8 @@ _SLOWER = {
 
 def _decaying(rate: float, *names: str) -> dict[str, tuple[str, ...]]:
     """What aligns as far as weights decay."""
-    names = names or ("kolen_pollack", "direct_kolen_pollack")
     return dict.fromkeys(names, (f"--weight_decay={rate:g}",))
 
-
-_SMALL = ("--weight_decay=0.5", "--kernel_scale=0.1", "--feedback_scale=0.1")
 
 # What sends errors from layer to layer, and so back in time. Kunin's rules do
 # not: they learn from the x and y of a step, and a recurrent layer has many.
@@ -97,7 +94,14 @@ COLUMNS = {
         ("--epochs=6", "--dropout=0.5"),
         # Without normalization more decay keeps it from learning. What starts
         # small, W_0 and B_0 alike, has less to forget.
-        _decaying(0.5) | {"kolen_pollack": _SMALL},
+        _decaying(0.5, "direct_kolen_pollack")
+        | {
+            "kolen_pollack": (
+                "--weight_decay=0.5",
+                "--kernel_scale=0.1",
+                "--feedback_scale=0.1",
+            )
+        },
     ),
     "cifar10_1": Column(
         "cifar10",
@@ -111,7 +115,7 @@ COLUMNS = {
         "cifar10_2",
         (*ROWS, *_CONTROLS, *_BEYOND),
         ("--epochs=120", "--normalization=batch"),
-        _SMALL_MAPS | _decaying(0.1),
+        _SMALL_MAPS | _decaying(0.1, "kolen_pollack", "direct_kolen_pollack"),
     ),
     "imagenet_1": Column(
         "imagenet2012", "imagenet_1", CHAIN_ROWS, _IMAGENET, _SLOWER
