@@ -1,6 +1,7 @@
 """What is PyTorch's own: `state_dict`, `to`, and a loop of one's own."""
 
 import io
+from pathlib import Path
 
 import backends
 import keras
@@ -10,6 +11,8 @@ import references
 from backends import array
 from keras import layers
 
+from experiment import networks
+from experiment.timing import biotorch
 from keras_fa import convert
 from keras_fa.layers.feedback import all_variables
 
@@ -93,3 +96,28 @@ def test_a_loop_of_one_s_own(method: str) -> None:
     by_keras.fit(X, Y, shuffle=False, verbose=0)
     for ours, theirs in zip(values(model), values(by_keras)):
         references.assert_close(ours, theirs)
+
+
+# The benchmark's process of BioTorch, with no more of BioTorch than its name.
+STAND_IN = """
+class BioModule:
+    def __new__(cls, module, mode):
+        print("a word that is no answer")
+        return module
+"""
+
+
+def test_a_peer_trains_in_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "biotorch" / "module"
+    module.mkdir(parents=True)
+    for path in (module.parent, module):
+        (path / "__init__.py").touch()
+    (module / "biomodule.py").write_text(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = networks.build("digits", 10)
+    with biotorch.BioTorch(model, "fa", batch_size=2, steps=1) as peer:
+        assert peer.block() > 0
+        assert peer.block() > 0

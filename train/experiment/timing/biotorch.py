@@ -17,10 +17,12 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
 
+PROGRAMS = Path(__file__).parents[2]  # where `experiment` is imported from
 INSTALL = "pip install torch && pip install --no-deps biotorch"
 # The row in the table: BioTorch's own name for it, and our nearest row. Its
 # uSF has one fixed magnitude for each kernel.
@@ -79,7 +81,8 @@ class BioTorch:
             "steps": steps,
         }
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, "-m", __name__],
+            cwd=PROGRAMS,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
