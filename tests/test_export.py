@@ -7,8 +7,8 @@ import keras
 import numpy as np
 import pytest
 import references
+from backends import ON_TORCH
 from backends import array
-from backends import requires_tensorflow
 from keras import layers
 from test_composite import Subclassed as TextClassifier
 
@@ -17,6 +17,11 @@ from keras_fa import convert
 from keras_fa.layers import __all__ as names
 from keras_fa.layers.feedback import FeedbackArguments
 from keras_fa.layers.feedback import all_layers
+
+if ON_TORCH:
+    pytest.skip("Keras exports no SavedModel of it", allow_module_level=True)
+# Keras on JAX makes one by TensorFlow.
+tf = pytest.importorskip("tensorflow")
 
 
 def of_all_kinds() -> keras.Model:
@@ -52,14 +57,11 @@ def of_all_kinds() -> keras.Model:
 
 
 def served(model: keras.Model, folder: Path, x: np.ndarray) -> Any:
-    import tensorflow as tf
-
     model.export(folder, verbose=False)
     loaded = tf.saved_model.load(str(folder))
     return array(loaded.serve(x))
 
 
-@requires_tensorflow
 @pytest.mark.filterwarnings("ignore:KolenPollack aligns B with W only where")
 def test_all_kinds(tmp_path: Path) -> None:
     model = convert(of_all_kinds(), "kolen_pollack")
@@ -75,7 +77,6 @@ def test_all_kinds(tmp_path: Path) -> None:
     np.testing.assert_allclose(served(model, tmp_path, x), y, 1e-3, 1e-7)
 
 
-@requires_tensorflow
 def test_a_subclassed_model_that_was_converted_in_place(tmp_path: Path) -> None:
     model = TextClassifier()
     x = np.random.default_rng(0).integers(1, 9, (4, 5))
