@@ -4,9 +4,10 @@
 that makes B of it, what constrains the forward kernel, which callbacks it
 brings, and how errors are wired. `keras_fa.convert` reads it.
 
-Five are not in the paper. "bp_ei", backpropagation under the fixed signs of the
+Six are not in the paper. "bp_ei", backpropagation under the fixed signs of the
 E/I rows, tells what the signs cost by themselves; "fa_usf_sn_ei", E/I with the
-magnitudes of SN, what the random magnitudes do. "brsf" is sign concordance
+magnitudes of SN, what the random magnitudes do; "fa_usf_init_ei_silent" reads
+sign(0) as 0, so that B has the zeros of W. "brsf" is sign concordance
 whose magnitudes are drawn anew at each step; "frsf", the one of fixed
 magnitudes, is another name of "fa_usf_init". "fixed_sign_feedback" tells what
 concordance at the start is worth if the signs do not follow. Under "frozen"
@@ -239,6 +240,14 @@ METHODS: dict[str, Method] = {
             standing="our control",
             feedback_constraint=SignConcordance(strict=True),
             kernel_constraint=FixedSign(),
+        ),
+        Method(
+            name="fa_usf_init_ei_silent",
+            title="FA-uSF Init. E/I, silent zeros",
+            definition="as FA-uSF Init. E/I, and where W is zero B is",
+            standing="another reading of the paper's row",
+            feedback_constraint=SignConcordance(),
+            kernel_constraint=FixedSign(silent_zeros=True),
         ),
         Method(
             name="brsf",

@@ -62,36 +62,54 @@ NOT_ON_TORCH = {
 }
 
 
-# What is run on PyTorch unless `-m slow` asks for the rest. The package's own
-# lines for PyTorch are the error path, what constraints remember, and random
-# states outside of variables; the rest is Keras's operations, which are tested
-# on TensorFlow and JAX. So: each layer kind against its reference, what a step
-# computes, each method after training, direct errors, `state_dict`, and runs
-# that are resumed.
-PROVE_TORCH = {
+# What is run on the other backends unless `-m slow` asks for the rest: what
+# comes of the package's own lines for a backend; the rest is Keras's operations
+# and Python, and is tested on TensorFlow. On both: each layer kind against its
+# reference, what a step computes and what it costs, each method after training,
+# direct errors, and runs that are resumed.
+_PROVE = {
     "test_attention.py",
     "test_constraints.py",
     "test_cost.py",
     "test_layers.py",
     "test_methods.py",
     "test_recurrent.py",
-    "test_torch.py",
     "test_wiring.py",
     "test_file_of_arrays",
     "test_resumed_run_equals_uninterrupted_one",
+}
+PROVE = {
+    # Besides, what its steps hold as constants and take and give as state, and
+    # devices.
+    "jax": {
+        *_PROVE,
+        "test_averages.py",
+        "test_callbacks.py",
+        "test_distribution.py",
+        "test_jax.py",
+        "test_learning.py",
+        "test_state.py",
+        "test_measures_against_numpy",
+        "test_masks_are_shared_and_nothing_moves",
+    },
+    # Besides, `state_dict`, `to` and random states outside of variables.
+    "torch": {*_PROVE, "test_torch.py"},
 }
 
 
 @pytest.hookimpl(tryfirst=True)  # before what -m leaves out is left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    proven = PROVE.get(keras.backend.backend())
+    for item in items:
+        names = (item.path.name, item.originalname)
+        if proven is not None and proven.isdisjoint(names):
+            item.add_marker(pytest.mark.slow)
     for item in items if ON_TORCH else ():
         reason = NOT_ON_TORCH.get(
             item.name, NOT_ON_TORCH.get(item.originalname)
         )
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
-        if PROVE_TORCH.isdisjoint((item.path.name, item.originalname)):
-            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

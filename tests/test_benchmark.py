@@ -37,6 +37,7 @@ STORED = {
     "bp_alignment": 4 * WEIGHTS,
     "bp_ei": WEIGHTS,
     "fa_usf_sn_ei": WEIGHTS,
+    "fa_usf_init_ei_silent": 5 * WEIGHTS,
     "fixed_sign_feedback": 4 * WEIGHTS,
     "frozen": 0,
     "dfa": 4 * 10 * (8 * 8 * 32 + 8 * 8 * 64 + 128),

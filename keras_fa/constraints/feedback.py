@@ -22,7 +22,7 @@ class FeedbackConstraint(keras.constraints.Constraint):
     compiled forward pass of which no gradient is taken computes nothing of it
     but what it assigns (a random state, say). Under `FixedSign` the kernel that
     a rule sees has its fixed sign where its weight is exactly zero, so that
-    `sign(kernel)` is never 0.
+    `sign(kernel)` is never 0, unless that constraint has `silent_zeros`.
 
     Attributes:
         stores_feedback_kernel: Whether the layer keeps a feedback kernel for

@@ -123,7 +123,9 @@ class FixedSign(KernelConstraint):
     After an update `W <- s * max(s * W, 0)`, with s the fixed signs, +1
     (excitatory) or -1 (inhibitory). A weight that would cross zero stops at
     zero and keeps its sign: an inhibitory one is -0.0, and feedback rules see
-    that sign and not sign(0). A weight that starts at zero is excitatory. An
+    that sign and not sign(0). With `silent_zeros` they see sign(0) = 0: where W
+    is zero, sign-concordant B is, and the connection is silent both ways until
+    an update moves it again. A weight that starts at zero is excitatory. An
     optimizer's `use_ema=True` averages kernels before this constraint has run:
     `keras_fa.callbacks.RefuseAverages` refuses the two together.
 
@@ -143,11 +145,14 @@ class FixedSign(KernelConstraint):
         per: `"synapse"` (default) or `"unit"`.
         excitatory_fraction: Float in [0, 1], for `per="unit"`. Default 0.8.
         seed: Integer or `None`, for `per="unit"`: which units are excitatory.
+        silent_zeros: Boolean, default `False`. Whether feedback rules see
+            sign(0) where a weight is zero, and not its fixed sign.
 
     Raises:
         ValueError: If an argument is out of range.
 
     Source: Moskovitz et al. (2018), fixed excitatory/inhibitory connectivity.
+    What B is where W has stopped at zero, the source does not say.
 
     Example:
 
@@ -171,6 +176,7 @@ class FixedSign(KernelConstraint):
         per: str = "synapse",
         excitatory_fraction: float = 0.8,
         seed: int | None = None,
+        silent_zeros: bool = False,
     ) -> None:
         if per not in ("synapse", "unit"):
             raise ValueError(
@@ -184,6 +190,7 @@ class FixedSign(KernelConstraint):
         self.per = per
         self.excitatory_fraction = excitatory_fraction
         self.seed = seed
+        self.silent_zeros = silent_zeros
 
     def initial_kernel(self, kernel: Tensor, units: np.ndarray) -> Tensor:
         """W_0 under this constraint, made of the values that were drawn."""
@@ -231,6 +238,8 @@ class FixedSign(KernelConstraint):
 
     def signed(self, kernel: Tensor) -> Tensor:
         """A kernel whose zeros have their fixed sign: ±0 is ±1.2e-38."""
+        if self.silent_zeros:
+            return kernel
         signed = _away_from_zero(kernel, self._recalled(kernel))
         return ops.where(ops.equal(kernel, 0.0), signed, kernel)
 
@@ -258,6 +267,7 @@ class FixedSign(KernelConstraint):
             "per": self.per,
             "excitatory_fraction": self.excitatory_fraction,
             "seed": self.seed,
+            "silent_zeros": self.silent_zeros,
         }
 
 

@@ -126,7 +126,9 @@ def takes_units(method: Method) -> bool:
 def signs_by_unit(method: Method) -> Method:
     """The method whose fixed signs are those of presynaptic units."""
     parts = [
-        FixedSign(per="unit") if isinstance(part, FixedSign) else part
+        FixedSign(per="unit", silent_zeros=part.silent_zeros)
+        if isinstance(part, FixedSign)
+        else part
         for part in parts_of(method.kernel_constraint)
     ]
     return dataclasses.replace(method, kernel_constraint=Chain(parts))

@@ -19,10 +19,11 @@ CHAIN_ROWS = tuple(
 )
 ROWS = (*CHAIN_ROWS, "dfa", "dense_fa")
 
-# Where fixed signs cost much, BP E/I says what they cost by themselves, and SN
-# E/I whether the magnitudes are to blame. Frozen says what the readout achieves
-# alone.
-_CONTROLS = ("bp_ei", "fa_usf_sn_ei", "frozen")
+# Where fixed signs cost much, BP E/I says what they cost by themselves, SN E/I
+# whether the magnitudes are to blame, and silent zeros whether the errors are
+# that B sends past weights that have stopped at zero. Frozen says what the
+# readout achieves alone.
+_CONTROLS = ("bp_ei", "fa_usf_sn_ei", "fa_usf_init_ei_silent", "frozen")
 # Rules that are no rows of the paper's table.
 _BEYOND = tuple(
     "fixed_sign_feedback brsf kolen_pollack weight_mirror activation_alignment "
@@ -80,8 +81,9 @@ def _decaying(rate: float, *names: str) -> dict[str, tuple[str, ...]]:
 # not: they learn from the x and y of a step, and a recurrent layer has many.
 _RECURRENT = (
     *CHAIN_ROWS,
-    *"bp_const fa_usf_const fa_usf_const_ei bp_ei fa_usf_sn_ei brsf".split(),
-    *"fixed_sign_feedback frozen kolen_pollack weight_mirror pfa".split(),
+    *"bp_const fa_usf_const fa_usf_const_ei bp_ei fa_usf_sn_ei".split(),
+    *"fa_usf_init_ei_silent brsf fixed_sign_feedback frozen".split(),
+    *"kolen_pollack weight_mirror pfa".split(),
 )
 # All-CNN-C's dense maps between feature maps would fill 124 GB.
 _SMALL_MAPS = {"dense_fa": ("--feedback_maps=convolutional",)}

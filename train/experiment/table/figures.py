@@ -67,6 +67,7 @@ _LINES = {
     "dense_fa": Line("#CC79A7"),
     "fa_usf_init": Line("#56B4E9"),
     "fa_usf_init_ei": Line("#56B4E9", "--"),
+    "fa_usf_init_ei_silent": Line("#56B4E9", ":"),
     "fa_usf_sn": Line("#0072B2"),
     "fa_usf_sn_ei": Line("#0072B2", "--"),
     "fa_usf_const": Line("#003A66"),
