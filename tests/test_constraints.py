@@ -657,7 +657,7 @@ def test_two_of_a_kind_are_refused() -> None:
         constraints.TiedKernel(),
         NoisyKernel(33.0, seed=4),
         Stored("non_neg"),
-        FixedSign("unit", 0.25, seed=3),
+        FixedSign("unit", 0.25, seed=3, silent_zeros=True),
         ConstantNorm(),
         Chain(["constant_norm", "fixed_sign", keras.constraints.MaxNorm(3)]),
     ],
@@ -790,6 +790,36 @@ def test_signs_at_zero_in_float16() -> None:
     layer.kernel.assign(np.zeros((5, 3)))
     feedback = references.array(layer.effective_feedback_kernel())
     np.testing.assert_array_equal(np.sign(feedback), fixed)
+
+
+@pytest.mark.filterwarnings("ignore:.*feedback of one magnitude")
+@pytest.mark.parametrize("per", ["synapse", "unit"])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_silent_zeros_send_no_error(dtype: str, strict: bool, per: str) -> None:
+    layer = dense(
+        dtype=dtype,
+        kernel_constraint=FixedSign(per, silent_zeros=True),
+        feedback_constraint=SignConcordance(strict),
+    )
+    fixed = stored_signs(layer.kernel) * np.ones((5, 3))
+    magnitudes = 1.0 if strict else np.abs(references.stored_of(layer)[0])
+    w = references.array(layer.kernel)
+    w[::2] *= 0
+    layer.kernel.assign(w)
+    kept = np.sign(w)
+    assert not kept[::2].any()
+    np.testing.assert_array_equal(kept[1::2], fixed[1::2])
+    if strict:
+        magnitudes = np.linalg.norm(w) / np.sqrt(np.count_nonzero(w))
+    (b,) = references.effective_of(layer)
+    np.testing.assert_allclose(b, magnitudes * kept, rtol=1e-6)
+    # And their sign is kept all the same.
+    moved = references.array(layer.kernel.constraint(w + 1e-3 * fixed))
+    np.testing.assert_array_equal(np.sign(moved), fixed)
+    np.testing.assert_array_equal(
+        references.array(layer.kernel.constraint(w - 1e-3 * fixed))[::2], 0
+    )
 
 
 def test_weights_against_the_sign_of_their_unit_are_said() -> None:
