@@ -121,6 +121,21 @@ def grouped_units(rank: int) -> np.ndarray:
     return units.reshape((1,) * (rank - 2) + (2, 6))
 
 
+# Methods that keep something besides kernels, of each sort one: fixed signs and
+# norms; B and fixed signs; what a loss aligns with; maps; a B, an R and maps
+# that learn; kernels that do not.
+KEEPING = (
+    "fa_usf_const_ei",
+    "fa_usf_init_ei_silent",
+    "bp_alignment",
+    "dense_fa",
+    "kolen_pollack",
+    "pfa",
+    "direct_kolen_pollack",
+    "frozen",
+)
+
+
 def _kinds() -> dict[str, Kind]:
     conv = {"filters": 3, "kernel_size": 2}
     depth = {"kernel_size": 2, "depth_multiplier": 2}

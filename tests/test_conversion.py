@@ -147,7 +147,7 @@ MODELS = {
 }
 CASES = [(kind, method) for kind in MODELS for method in METHODS]
 # Where a model is trained and saved: each sort of method and each model. All
-# methods are in `test_state`.
+# methods are in `test_controls`.
 FEW = [("dictionary", method) for method in (*SORTS, "fa_usf_init_ei")] + [
     ("functional", "bp_noise"),
     ("functional", "fa_usf_const_ei"),
@@ -512,7 +512,7 @@ class Backbone(keras.Model):
         return cls(**config)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["fa_usf_sn", *references.KEEPING])
 def test_functional_subclass_with_a_config_of_its_own(method: str) -> None:
     stock = Backbone(5)
     model = convert(stock, method)
