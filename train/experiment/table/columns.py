@@ -135,7 +135,7 @@ COLUMNS = {
         "digits_lstm",
         _RECURRENT,
         ("--epochs=30", "--learning_rate=0.003"),
-        _decaying(1, "kolen_pollack", "pfa"),
+        _decaying(1, "kolen_pollack"),
     ),
 }
 
