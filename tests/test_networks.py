@@ -71,10 +71,9 @@ def test_parameters(name: str) -> None:
             assert (layer.momentum, layer.epsilon) == (0.9, 1e-5)
 
 
+LARGE = ("resnet18", "resnet50", "imagenet_2")
 STEPS = [
-    pytest.param(
-        name, "float32", marks=[pytest.mark.slow] * (name == "resnet50")
-    )
+    pytest.param(name, "float32", marks=[pytest.mark.slow] * (name in LARGE))
     for name in PARAMETERS
     if name != "resnet56"
 ]
@@ -209,7 +208,14 @@ def test_size_of_images() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["digits", "mnist", "cifar10_1", "cifar10_2", "imagenet_2"]
+    "name",
+    [
+        "digits",
+        "mnist",
+        "cifar10_1",
+        "cifar10_2",
+        pytest.param("imagenet_2", marks=pytest.mark.slow),
+    ],
 )
 def test_normalization(name: str) -> None:
     """In front of each ReLU but the readout's, and nothing else is changed."""

@@ -41,6 +41,7 @@ from keras_fa.methods import METHODS
 pytestmark = pytest.mark.usefixtures("optimized_graphs")
 
 ROOT = Path(__file__).resolve().parents[1]
+HALF = "--dtype_policy=mixed_bfloat16"
 BEYOND = columns.COLUMNS["mnist"].methods[len(columns.ROWS) :]
 
 
@@ -247,32 +248,33 @@ def test_job_is_finished_by_a_run_that_is_older_than_a_setting(job):
 
 @requires_tensorflow  # a run of one backend is none of the other's
 @pytest.mark.parametrize(
-    ("column", "methods", "dtype_policy", "least"),
+    ("folder", "column", "methods", "arguments", "least"),
     [
-        ("mnist", columns.ROWS, "float32", 9),
-        ("mnist", BEYOND, "mixed_bfloat16", 7),
+        ("mnist", "mnist", columns.ROWS, "", 9),
+        ("mnist", "mnist", BEYOND, HALF, 8),
+        ("cifar10_1", "cifar10_1", None, HALF, 1),
         (
+            "cifar10_1_15_epochs",
             "cifar10_1",
-            columns.COLUMNS["cifar10_1"].methods,
-            "mixed_bfloat16",
-            19,
+            None,
+            f"{HALF} --epochs=15",
+            20,
         ),
-        ("digits_lstm", columns.COLUMNS["digits_lstm"].methods, "float32", 18),
+        ("digits_lstm", "digits_lstm", None, "", 19),
     ],
 )
 def test_committed_results_are_finished_jobs(
-    column, methods, dtype_policy, least
+    folder, column, methods, arguments, least
 ):
     """Of seed 0; their recipes are those of the column's flag files."""
+    methods = methods or columns.COLUMNS[column].methods
     chosen = f"--methods={','.join(methods)}"
     commandline.parse(
         reproduce.FLAGS,
         ["reproduce.py", f"--column={column}", "--seeds=1", chosen],
     )
-    folder = ROOT / "train/results" / column
-    wanted = reproduce.jobs(
-        [f"--runs_dir={folder}", f"--dtype_policy={dtype_policy}"]
-    )
+    runs_dir = f"--runs_dir={ROOT / 'train/results' / folder}"
+    wanted = reproduce.jobs([runs_dir, *arguments.split()])
     assert not [text for text in map(sweep.conflict, wanted) if text]
     assert sum(sweep.result(job) is not None for job in wanted) >= least
 
@@ -295,6 +297,7 @@ def test_another_recipe_is_not_overwritten(job, capsys, monkeypatch):
     assert "dropout=0.5, and dropout=0.0" in output
 
 
+@pytest.mark.slow
 def test_length_that_changed_on_the_way_is_told(tmp_path, capfd):
     """Not the schedule of one piece: the report must not average it so."""
     command = ["main.py", f"--runs_dir={tmp_path}", "--method=bp", "--resume"]

@@ -109,7 +109,7 @@ COLUMNS = {
         "cifar10",
         "cifar10_1",
         (*ROWS, *_CONTROLS, *_BEYOND),
-        ("--epochs=15", "--normalization=batch", "--weight_decay=0.5"),
+        ("--epochs=30", "--normalization=batch", "--weight_decay=0.5"),
         _decaying(2, "kolen_pollack") | _decaying(1, "direct_kolen_pollack"),
     ),
     "cifar10_2": Column(
