@@ -273,7 +273,8 @@ class ProductFeedback(FeedbackConstraint):
     `feedback_learning="kolen_pollack"` B receives dW, and so R, by the chain
     rule, `dW M^T`: the local product of x and `M dy`. Since `M^T M` is nearly
     the identity for a wide M, B follows W without being told of W. Without
-    `feedback_learning` R stays as it was drawn.
+    `feedback_learning` R stays as it was drawn. Train it by SGD: Adam moves
+    each weight of R as far as one of W, and B, a sum over R, outgrows W.
 
     At the start the weights of M have variance `1 / width`, those of R the
     mean square of W_0's, so that `||B_0||` is about `||W_0||`.
