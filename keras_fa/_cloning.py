@@ -102,6 +102,7 @@ def rebuild(
     model: keras.Model,
     make: Callable[[keras.Operation], keras.Operation],
     call: Callable[..., object] | None = None,
+    clones: Clones | None = None,
 ) -> tuple[keras.Model, Clones]:
     """A copy of a model, with its state, that is made of other layers.
 
@@ -110,11 +111,17 @@ def rebuild(
         make: Gives the new layer for an old one, once for each.
         call: Calls the new layers, `(layer, *args, **kwargs)`, in Functional
             models. Default: just so.
+        clones: New layers that there are already, by the old ones.
+
+    Raises:
+        ValueError: If a model would lose a `call` of its own, or the graph
+            uses a weight of its layers as such.
 
     Returns:
         The copy, and which of its layers and models stands for which.
     """
-    clones = {}
+    clones = {} if clones is None else dict(clones)
+    _refuse_weights_in_calls(model)
 
     def clone(layer: keras.Operation) -> keras.Operation:
         if layer not in clones:
@@ -124,11 +131,13 @@ def rebuild(
     def copy(graph: keras.Model) -> keras.Model:
         sequential = isinstance(graph, keras.Sequential)
         with _uncompiled(graph):
-            return keras.models.clone_model(
+            new = keras.models.clone_model(
                 graph,
                 clone_function=clone,
                 call_function=None if sequential else call,
             )
+        _refuse_own_call(graph, type(new))
+        return new
 
     clone(model)
     _copy_state(dict(reversed(clones.items())))
@@ -177,7 +186,7 @@ def remake_held(
             if layer in clones:
                 continue
             if is_graph(layer):
-                _, inside = rebuild_all(layer, make)
+                _, inside = rebuild_all(layer, make, clones)
                 clones.update(inside)
                 continue
             new = make(layer)
@@ -200,9 +209,12 @@ def remake_held(
 def rebuild_all(
     model: keras.Model,
     make: Callable[[keras.layers.Layer], keras.layers.Layer | None],
+    clones: Clones | None = None,
 ) -> tuple[keras.Model, Clones]:
     """As `rebuild`, and in its layers `remake_held`."""
-    copy, clones = rebuild(model, lambda layer: make(layer) or again(layer))
+    copy, clones = rebuild(
+        model, lambda layer: make(layer) or again(layer), clones=clones
+    )
     for layer in list(clones.values()):
         if isinstance(layer, keras.layers.Layer) and not is_graph(layer):
             remake_held(layer, make)
@@ -279,13 +291,7 @@ def flatten(model: keras.Model) -> tuple[keras.Model, Clones]:
     ) -> object:
         """What a call of the model computes, layer by layer."""
         sequential = isinstance(graph, keras.Sequential)
-        plain = keras.Sequential if sequential else type(functional(graph))
-        if type(graph).call is not plain.call:
-            raise ValueError(
-                f"Nested model '{graph.name}' ({type(graph).__name__}) has a "
-                "`call` of its own, which is lost where DFA and DenseFA take "
-                "it apart. Write what it does as layers of the model."
-            )
+        _refuse_own_call(graph, _plain(graph))
         piece = copy(graph, training)
         if isinstance(inputs, dict) and not isinstance(piece.input, dict):
             inputs = [inputs[x.name] for x in piece.inputs]
@@ -309,9 +315,48 @@ def flatten(model: keras.Model) -> tuple[keras.Model, Clones]:
         # Not `piece.call`, which would copy each of them by an operation.
         return keras.Function.call(piece, tensors)
 
+    _refuse_weights_in_calls(model)
+    _refuse_own_call(model, _plain(model))
     flat = copy(model, None)
     _copy_state({model: flat, **clones})
     return flat, clones
+
+
+def _plain(graph: keras.Model) -> type:
+    """Keras's own class of such a model."""
+    sequential = isinstance(graph, keras.Sequential)
+    return keras.Sequential if sequential else type(functional(graph))
+
+
+def _refuse_own_call(graph: keras.Model, new: type) -> None:
+    """Refuses a model whose copy, of class `new`, computes something else."""
+    if type(graph).call is not new.call:
+        raise ValueError(
+            f"Model '{graph.name}' ({type(graph).__name__}) has a `call` of "
+            f"its own, which its copy, a {new.__name__} model, would lose. "
+            "Write what it does as layers of the model, or the model as a "
+            "subclass of keras.Model without inputs and outputs."
+        )
+
+
+def _refuse_weights_in_calls(model: keras.Model) -> None:
+    """Refuses a graph in which a weight of a layer is an operation's argument.
+
+    The copy's operation would go on with the weight of the old layer.
+    """
+    weights = {id(weight) for weight in model.weights}
+    for path, operation in walk(model):
+        for node in operation._inbound_nodes:  # Keras's own, private
+            given = keras.tree.flatten(
+                (node.arguments.args, node.arguments.kwargs)
+            )
+            used = [w for w in given if id(w) in weights]
+            if used:
+                raise ValueError(
+                    f"'{'/'.join(path)}' is called on a weight, "
+                    f"'{used[0].path}', which its copy would not share. Write "
+                    "it as a layer that is given the other layer."
+                )
 
 
 def _carries_mask(tensor: keras.KerasTensor) -> bool:
@@ -419,9 +464,12 @@ def replace(holder: keras.layers.Layer, new: Clones) -> None:
             return new.get(value, value)
         if isinstance(value, dict):
             return {key: replaced(item) for key, item in value.items()}
-        if type(value) is tuple or isinstance(value, list):
-            kind = tuple if isinstance(value, tuple) else list
-            return kind(map(replaced, value))
+        if isinstance(value, tuple):
+            kind = type(getattr(value, "__wrapped__", value))
+            items = map(replaced, value)
+            return kind(*items) if hasattr(kind, "_fields") else kind(items)
+        if isinstance(value, list):
+            return list(map(replaced, value))
         return value
 
     def concerned(value: object) -> bool:
@@ -429,7 +477,7 @@ def replace(holder: keras.layers.Layer, new: Clones) -> None:
             return value in new
         if isinstance(value, dict):
             return any(map(concerned, value.values()))
-        listed = type(value) is tuple or isinstance(value, list)
+        listed = isinstance(value, (tuple, list))
         return listed and any(map(concerned, value))
 
     # Private, as in Keras's own `enable_lora`: a layer that is built takes no

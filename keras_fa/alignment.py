@@ -208,7 +208,20 @@ def _loss_function(
             f"'{model.name}' with {len(model.outputs)} outputs."
         )
     loss = keras.losses.get(loss)
+    if not isinstance(loss, keras.losses.Loss):
+        loss = _LossOfFunction(loss)
     return lambda y, output: ops.mean(loss(_of_rank(y, output), output))
+
+
+class _LossOfFunction(keras.losses.Loss):
+    """A loss function as `fit` takes it: where there is a mask, it counts."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(name="loss")
+        self._function = function
+
+    def call(self, y: Tensor, output: Tensor) -> Tensor:
+        return self._function(y, output)
 
 
 def _of_rank(y: Tensor, output: Tensor) -> Tensor:
@@ -223,7 +236,9 @@ def _of_path(path: FeedbackPath) -> dict[str, Tensor]:
     return {
         "angle": angle(feedback, kernel),
         "norm_ratio": norm_ratio(feedback, kernel),
-        "sign_agreement": sign_agreement(feedback, path.fixed.signed(kernel)),
+        "sign_agreement": sign_agreement(
+            feedback, path.fixed.signed(ops.cast(kernel, path.full_dtype))
+        ),
     }
 
 

@@ -22,6 +22,7 @@ import dataclasses
 import logging
 import math
 import os
+import types
 import warnings
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -144,15 +145,19 @@ def convert(
         A new model (a subclassed one: the same), Sequential if `model` is
         (Functional under DFA and
         DenseFA), compiled if `model` is. A subclass of `keras.Model` with a
-        constructor of its own becomes plain Functional. If what it was
-        compiled with cannot be copied (a loss that is a function of one's
-        own), it is left uncompiled, with a warning.
+        constructor of its own becomes plain Functional, with a warning if it
+        loses a `train_step` of its own. If what it was compiled with cannot be
+        copied (a loss or metric that is a function of one's own), it is left
+        uncompiled, with a warning.
 
     Raises:
         ValueError: If the model is not built, or subclassed and the method
             DFA, DenseFA or Frozen, has a layer with a kernel but without a
             counterpart that `skip` does not name, or one that Keras cannot
-            make again, or if a
+            make again, or one that is part of two others (two
+            `TimeDistributed` of one layer), or if the graph uses a layer's
+            weight by itself, or its class has a `call` of its own that the
+            copy would lose, or if a
             name is unknown, if no kernel would learn (under "frozen", where
             all are hidden), or if a method without direct errors is given
             `feedback_maps`, or one other than DFA `taps` or `error_from`; if
@@ -240,6 +245,7 @@ def convert(
         converted, clones = _wire(
             stock, method, feedback_maps, taps, error_from, loss, hidden, skip
         )
+    _tell_lost_steps(model, converted)
     left = {new for layer, new in clones.items() if layer.name in skip}
     for layer, new in clones.items():
         if type(layer) not in _COUNTERPART and new not in left:
@@ -256,6 +262,22 @@ def convert(
         )
     _compile_as(model, converted)
     return converted
+
+
+def _tell_lost_steps(model: keras.Model, new: keras.Model) -> None:
+    """Warns of steps of a class of its own that the new model does not have."""
+    names = "train_step", "test_step", "predict_step", "compute_loss"
+    lost = [
+        n for n in names if getattr(type(model), n) != getattr(type(new), n)
+    ]
+    if lost:
+        warnings.warn(
+            f"Model '{model.name}' ({type(model).__name__}) becomes "
+            f"{type(new).__name__} and loses its {', '.join(lost)}. "
+            "Make a model of your class of the new one's inputs and outputs, "
+            "or write it as a subclass of keras.Model that holds its layers.",
+            stacklevel=3,
+        )
 
 
 def _settle(
@@ -346,7 +368,8 @@ def to_backprop(model: keras.Model) -> keras.Model:
 
     Raises:
         ValueError: If the model is not built, or has a layer that Keras cannot
-            make again.
+            make again, is part of two others, or whose weight the graph uses
+            by itself, or a `call` of its own that the copy would lose.
 
     Example:
 
@@ -465,6 +488,7 @@ def _to_stock(
             return args[0][0]
         return layer(*args, **kwargs)
 
+    _reached(model)  # or refused
     plain, stocks = _cloning.rebuild(model, make, call)
     for new in set(stocks.values()):
         _to_stock_in_place(new, subclasses)
@@ -557,8 +581,14 @@ def _counterpart(
 def _composed(first: Callable | None, second: Callable | None) -> object:
     """Both constraints; what the first one has already is not added again."""
     parts = constraints.parts_of(first)
-    kinds = {type(part) for part in parts if _is_ours(part)}
-    parts += [p for p in constraints.parts_of(second) if type(p) not in kinds]
+    kinds = {type(part): part for part in parts if _is_ours(part)}
+    for part in constraints.parts_of(second):
+        own = kinds.get(type(part))
+        if own is None:
+            parts.append(part)
+        elif getattr(part, "silent_zeros", False):
+            config = own.get_config() | {"silent_zeros": True}
+            parts[parts.index(own)] = type(own).from_config(config)
     if len(parts) > 1:
         return constraints.Chain(parts)
     return parts[0] if parts else None
@@ -946,10 +976,16 @@ def _own(method: methods.Method) -> methods.Method:
 
 
 def _compile_as(model: keras.Model, other: keras.Model) -> None:
+    if model is other:  # its compiled functions are of other layers
+        model.train_function = None
+        model.test_function = None
+        model.predict_function = None
     if not model.compiled:
         return
     try:
-        other.compile_from_config(model.get_compile_config())
+        config = model.get_compile_config()
+        _check_functions(model, config)
+        other.compile_from_config(config)
     except (TypeError, ValueError) as error:
         warnings.warn(
             f"What model '{model.name}' was compiled with could not be copied "
@@ -957,6 +993,29 @@ def _compile_as(model: keras.Model, other: keras.Model) -> None:
             stacklevel=3,
         )
     callbacks.refuse_averages(other)
+
+
+def _check_functions(model: keras.Model, config: dict | None) -> None:
+    """Refuses losses and metrics that Keras would take for its own."""
+
+    def walk(given: object, again: object) -> None:
+        if isinstance(given, types.FunctionType) and again is not given:
+            raise ValueError(
+                f"{given.__name__} is a function of your own, and Keras finds "
+                "another one by its name."
+            )
+        if isinstance(given, dict) and isinstance(again, dict):
+            for key in given.keys() & again.keys():
+                walk(given[key], again[key])
+        elif isinstance(given, (list, tuple)):
+            for one, other in zip(given, again):
+                walk(one, other)
+
+    given = getattr(getattr(model, "_compile_config", None), "config", {})
+    if config and any(map(given.get, ("loss", "metrics", "weighted_metrics"))):
+        again = keras.saving.deserialize_keras_object(config)
+        for name in ("loss", "metrics", "weighted_metrics"):
+            walk(given.get(name), again.get(name))
 
 
 def _check_model(model: keras.Model, subclassed: bool = False) -> None:
@@ -985,12 +1044,24 @@ def _reached(model: keras.Model) -> dict[keras.Operation, keras.Operation]:
 
     Returns:
         By the layer, that layer of the model itself which it is part of.
+
+    Raises:
+        ValueError: If a layer is part of two of them.
     """
-    tops = _cloning.leaves(model) if _cloning.is_graph(model) else None
+    graph = _cloning.is_graph(model)
     found = {}
-    for top in _cloning.held(model) if tops is None else tops:
+    for top in _cloning.leaves(model) if graph else _cloning.held(model):
         for layer in _cloning.reached(top, _is_known):
-            found.setdefault(layer, top)
+            other = found.setdefault(layer, top)
+            # What a layer holds is copied with it, as by Keras's clone_model.
+            if graph and other is not top and layer.weights:
+                raise ValueError(
+                    f"Layer '{layer.name}' ({type(layer).__name__}) is part of "
+                    f"'{other.name}' ({type(other).__name__}) and of "
+                    f"'{top.name}' ({type(top).__name__}), whose copies would "
+                    "each have one of their own. Call one of the two in both "
+                    "places, or write the model as a subclass."
+                )
     return found
 
 
@@ -1042,8 +1113,13 @@ def _kept_kernel(layer: keras.layers.Layer) -> keras.Variable | None:
     if not isinstance(layer, keras.layers.Layer):
         return None
     own = [w for w in _cloning.own_weights(layer) if w.name.endswith("kernel")]
-    read = [v for v in vars(layer).values() if isinstance(v, keras.Variable)]
-    return next((w for w in [*own, *read] if w.name.endswith("kernel")), None)
+    read = (
+        value
+        for name, value in vars(layer).items()
+        if isinstance(value, keras.Variable)
+        and (name.endswith("kernel") or value.name.endswith("kernel"))
+    )
+    return next(iter([*own, *read]), None)
 
 
 def _kernel_of(layer: keras.Operation) -> keras.Variable | None:

@@ -61,13 +61,14 @@ class Alignment(FeedbackRegularizer):
         self.rate = rate
 
     def __call__(self, feedback_kernel: Tensor, kernel: Tensor) -> Tensor:
-        # The floor keeps the gradient of the norm finite for a zero kernel.
-        norm = ops.sqrt(ops.maximum(ops.sum(ops.square(kernel)), 1e-30))
+        # A kernel of zeros has no direction, and no gradient of one. The floor
+        # keeps that of its norm finite.
+        square = ops.sum(ops.square(kernel))
         cosine = ops.divide_no_nan(
             ops.sum(feedback_kernel * kernel),
-            kernel_norm(feedback_kernel) * norm,
+            kernel_norm(feedback_kernel) * ops.sqrt(ops.maximum(square, 1e-30)),
         )
-        return self.rate * (1.0 - cosine)
+        return self.rate * (1.0 - ops.where(square > 0, cosine, 0.0))
 
     def get_config(self) -> dict:
         return {"rate": self.rate}

@@ -284,6 +284,24 @@ def test_losses(loss: str) -> None:
     assert measured["readout"]["gradient_angle"] < 0.1
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_name_is_the_loss_that_fit_takes(masked: bool) -> None:
+    """Where there is a mask it counts, as in a loss instance."""
+    start = keras.Input((6,))
+    x = layers.Embedding(9, 5, mask_zero=masked)(start)
+    x = layers.Dense(4, activation="tanh", name="hidden")(x)
+    model = convert(keras.Model(start, layers.Dense(3)(x)), "fa")
+    x = np.random.default_rng(1).integers(1, 9, (16, 6))
+    x[:, 2:] = 0
+    y = RNG.normal(size=(16, 6, 3)).astype("float32")
+    y[:, 2:] = 5
+    exact = keras.losses.MeanSquaredError()
+    by_name, by_class = (alignment(model, x, y, s) for s in ("mse", exact))
+    assert by_name == by_class
+    model.compile("sgd", "mse")
+    assert alignment(model, x, y) == by_class
+
+
 @pytest.mark.parametrize("compiled", [None, ["mse"], {"readout": "mse"}])
 def test_without_one_loss(compiled: object) -> None:
     model = convert(network(), "fa")

@@ -2,6 +2,7 @@
 
 import logging
 from typing import Any
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -338,3 +339,88 @@ def test_refused(make: Any, said: str) -> None:
     stock = keras.Model(start, layers.Dense(2)(make()(start)))
     with pytest.raises(ValueError, match=said):
         convert(stock, "fa")
+
+
+# In place ---------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """What holds layers and is a tuple."""
+
+    first: Any
+    second: Any
+
+
+class Held(keras.Model):
+    """Holds layers in whatever `container` makes of two."""
+
+    def __init__(self, container: Any) -> None:
+        super().__init__()
+        self.both = container(layers.Dense(8), layers.Dense(4))
+        self.readout = layers.Dense(2)
+
+    def call(self, inputs: Any) -> Any:
+        first, second = (
+            self.both.values() if isinstance(self.both, dict) else self.both
+        )
+        return self.readout(second(first(inputs)))
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        lambda *both: both,
+        Pair,
+        lambda *both: list(both),
+        lambda *both: dict(zip("ab", both)),
+    ],
+    ids=["tuple", "named tuple", "list", "dict"],
+)
+def test_what_is_used_is_what_is_converted(container: Any) -> None:
+    model, x = Held(container), references.normal((8, 6), 1)
+    before = array(model(x))
+    convert(model, "fa")
+    assert len(feedback_layers(model)) == 3
+    np.testing.assert_array_equal(array(model(x)), before)
+    kernels = [array(path.kernel) for path in named_paths(model).values()]
+    model.compile("sgd", "mse")
+    model.fit(x, references.normal((8, 2), 2), verbose=0)
+    for path, old in zip(named_paths(model).values(), kernels):
+        assert not np.array_equal(array(path.kernel), old)
+
+
+def test_what_was_compiled_is_not_used_after_conversion() -> None:
+    model, x = Held(Pair), references.normal((8, 6), 1)
+    model.predict(x, verbose=0)
+    for change in (lambda m: convert(m, "fa"), to_backprop):
+        change(model)
+        kernel = model.both.first.kernel
+        kernel.assign(2 * array(kernel) + 1)
+        np.testing.assert_allclose(
+            model.predict(x, verbose=0), array(model(x)), rtol=1e-5
+        )
+
+
+class Trunk(keras.Model):
+    """Two models that share their first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        trunk = layers.Dense(5)
+        self.one, self.two = (
+            keras.Sequential([keras.Input((6,)), trunk, layers.Dense(units)])
+            for units in (2, 3)
+        )
+
+    def call(self, inputs: Any) -> Any:
+        return ops.concatenate([self.one(inputs), self.two(inputs)], -1)
+
+
+def test_layers_that_held_models_share_stay_shared() -> None:
+    model, x = Trunk(), references.normal((8, 6), 1)
+    before = array(model(x))
+    for change in (lambda m: convert(m, "fa"), to_backprop):
+        change(model)
+        assert model.one.layers[0] is model.two.layers[0]
+        assert len(model.trainable_weights) == 6
+        np.testing.assert_array_equal(array(model(x)), before)

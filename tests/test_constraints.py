@@ -226,6 +226,27 @@ def test_update_stops_at_zero_and_leaves_the_rest() -> None:
     np.testing.assert_array_equal(got[1], [2.0, -3.0, 4.0])
 
 
+def test_weights_that_are_not_numbers_stay_so() -> None:
+    layer = dense(kernel_constraint="fixed_sign")
+    got = layer.kernel.constraint(np.full((5, 3), np.nan, "float32"))
+    assert np.isnan(references.array(got)).all()
+
+
+class Either(keras.constraints.Constraint):
+    """Of one's own, with an attribute that Chain has, too."""
+
+    def __init__(self) -> None:
+        self.constraints = [keras.constraints.NonNeg()]
+
+    def __call__(self, w: Any) -> Any:
+        return w
+
+
+def test_a_constraint_of_ones_own_is_not_taken_to_pieces() -> None:
+    given = Either()
+    assert constraints.parts_of(given) == [given]
+
+
 def test_weight_that_starts_at_zero_is_excitatory() -> None:
     w = np.array([[0.0, -0.0, -1.0]], "float32")
     layer = dense(
@@ -820,6 +841,30 @@ def test_silent_zeros_send_no_error(dtype: str, strict: bool, per: str) -> None:
     np.testing.assert_array_equal(
         references.array(layer.kernel.constraint(w - 1e-3 * fixed))[::2], 0
     )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"feedback_initializer": "he_normal"},
+        {"feedback_constraint": constraints.RandomMagnitude(3)},
+        {"feedback_constraint": NoisyKernel(60.0, seed=3)},
+    ],
+)
+def test_kernels_of_one_layer_draw_their_own(arguments: dict) -> None:
+    kind = KINDS["separable2d"]
+    layer = kind.fa(64, 3, depth_multiplier=4, **arguments)
+    layer.build((None, 8, 8, 16))
+    first, second = (
+        (b - w).ravel() if "feedback_constraint" in arguments else b.ravel()
+        for b, w in zip(
+            references.effective_of(layer),
+            map(references.array, references.kernels_of(layer)),
+        )
+    )
+    size = min(first.size, second.size)
+    pair = np.abs([first[:size], second[:size]])
+    assert abs(np.corrcoef(pair)[0, 1]) < 0.2
 
 
 def test_weights_against_the_sign_of_their_unit_are_said() -> None:

@@ -20,6 +20,7 @@ from keras import layers
 from keras import ops
 
 import keras_fa
+from keras_fa import constraints
 from keras_fa import convert
 from keras_fa import refresh
 from keras_fa import to_backprop
@@ -527,6 +528,111 @@ def test_deferred_sequential_that_was_called() -> None:
     stock(VECTORS)
     for method in METHODS:
         assert np.array_equal(convert(stock, method)(VECTORS), stock(VECTORS))
+
+
+class Doubling(keras.Model):
+    """A Functional model with a `call` of its own."""
+
+    def __init__(self) -> None:
+        start = keras.Input((6,))
+        super().__init__(start, layers.Dense(3)(start))
+
+    def call(self, inputs: Any, **kwargs: Any) -> Any:
+        return 2 * super().call(inputs, **kwargs)
+
+
+class Stepping(keras.Sequential):
+    """A Sequential model with a step of its own."""
+
+    def train_step(self, *args: Any) -> Any:
+        return super().train_step(*args)
+
+
+@pytest.mark.parametrize("method", ["fa", "dfa"])
+def test_a_call_of_its_own_is_not_dropped(method: str) -> None:
+    start = keras.Input((6,))
+    outer = keras.Model(start, layers.Dense(3)(Doubling()(start)))
+    for model in (Doubling(), outer):
+        with pytest.raises(ValueError, match=r"\(Doubling\) has a `call` of"):
+            convert(model, method)
+
+
+def test_a_step_of_its_own_that_is_lost_is_told() -> None:
+    model = Stepping([keras.Input((6,)), layers.Dense(3)])
+    with pytest.warns(UserWarning, match="Sequential and loses its train_step"):
+        convert(model, "fa")
+
+
+@pytest.mark.parametrize("change", [lambda m: convert(m, "fa"), to_backprop])
+def test_copies_do_not_come_apart(change: Callable) -> None:
+    shared = layers.Dense(5, name="shared")
+    steps, vector = keras.Input((3, 6)), keras.Input((6,))
+    wrapped = layers.TimeDistributed(shared, name="wrapper")(steps)
+    model = keras.Model([steps, vector], [wrapped, shared(vector)])
+    with pytest.raises(ValueError, match=r"'shared' \(Dense\) is part of"):
+        change(model)
+
+
+@pytest.mark.parametrize("method", ["fa", "dfa"])
+def test_a_graph_on_a_weight_is_refused(method: str) -> None:
+    start, layer = keras.Input((6,)), layers.Dense(4, name="tied")
+    x = ops.einsum("bh,ih->bi", layer(start), layer.kernel)
+    with pytest.raises(
+        ValueError, match=r"is called on a weight, 'tied/kernel"
+    ):
+        convert(keras.Model(start, layers.Dense(3)(x)), method)
+
+
+class Unnamed(layers.Layer):
+    """A kernel whose variable has no name."""
+
+    def build(self, shape: tuple) -> None:
+        self.kernel = self.add_weight(shape=(shape[-1], 4))
+
+    def call(self, inputs: Any) -> Any:
+        return ops.matmul(inputs, self.kernel)
+
+
+def test_a_kernel_without_a_name_is_found() -> None:
+    stock = keras.Sequential(
+        [keras.Input((6,)), Unnamed(name="own"), layers.Dense(3)]
+    )
+    with pytest.raises(ValueError, match=r"'own' \(Unnamed\) has a kernel"):
+        convert(stock, "fa")
+
+
+def test_silent_zeros_of_the_method_win() -> None:
+    own = constraints.FixedSign("unit", 0.5, seed=3)
+    stock = keras.Sequential(
+        [keras.Input((6,)), layers.Dense(3, kernel_constraint=own)]
+    )
+    for method in ("fa_usf_init_ei", "fa_usf_init_ei_silent"):
+        got = convert(stock, method).layers[0].kernel_constraint
+        silent = method.endswith("_silent")
+        assert got.get_config() == own.get_config() | {"silent_zeros": silent}
+
+
+def mean_squared_error(y: Any, output: Any) -> Any:
+    """Not Keras's."""
+    return 100 * ops.mean(ops.square(y - output), axis=-1)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"loss": mean_squared_error},
+        {"loss": "mae", "metrics": ["mae", mean_squared_error]},
+        {"loss": ["mae"], "weighted_metrics": [[mean_squared_error]]},
+    ],
+)
+def test_a_function_with_the_name_of_keras_is_not_replaced(given: dict) -> None:
+    stock = sequential()
+    stock.compile("sgd", **given)
+    with pytest.warns(UserWarning, match="is a function of your own"):
+        model = convert(stock, "fa")
+    assert not model.compiled
+    stock.compile("sgd", keras.losses.mean_squared_error, metrics=["mae"])
+    assert convert(stock, "fa").compiled
 
 
 # Feedback starts independently --------------------------------------------

@@ -257,10 +257,10 @@ class FixedSign(KernelConstraint):
     def __call__(self, kernel: Tensor) -> Tensor:
         kernel = ops.convert_to_tensor(kernel)
         excitatory = self._recalled(kernel)
-        keeps_sign = ops.where(excitatory, kernel, -kernel) > 0
+        stops = ops.where(excitatory, kernel, -kernel) <= 0  # not NaN
         zeros = ops.zeros_like(kernel)
         stopped = ops.where(excitatory, zeros, -zeros)
-        return ops.where(keeps_sign, kernel, stopped)
+        return ops.where(stops, stopped, kernel)
 
     def get_config(self) -> dict:
         return {
@@ -440,7 +440,9 @@ def parts_of(constraint: object) -> list:
     """A kernel's constraint as the list of what it is made of."""
     if constraint is None:
         return []
-    return list(getattr(constraint, "constraints", [constraint]))
+    if isinstance(constraint, Chain):
+        return list(constraint.constraints)
+    return [constraint]
 
 
 def units_along(shape: tuple, axis: int) -> np.ndarray:

@@ -357,9 +357,19 @@ class FeedbackArguments:
             setattr(self, name, _RESOLVED[name.split("_")[-1]](value))
 
     def given(self, kernel: str, argument: str) -> object:
-        """The feedback argument of a kernel, such as its "constraint"."""
+        """The feedback argument of a kernel, such as its "constraint".
+
+        Of what several kernels share, each but the first has its own seed.
+        """
         prefix = self.prefixes.get(kernel, "")
-        return getattr(self, f"{prefix}feedback_{argument}")
+        value = getattr(self, f"{prefix}feedback_{argument}")
+        alike = [
+            name
+            for name in self.kernel_names
+            if self.prefixes.get(name, "") == prefix
+        ]
+        place = alike.index(kernel)
+        return initializers.reseeded(value, place) if place else value
 
     def get_config(self) -> dict:
         serialize = keras.saving.serialize_keras_object
