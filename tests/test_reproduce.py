@@ -845,7 +845,8 @@ def test_recipe_is_kept(tmp_path, capfd):
 def test_methods_that_draw_feedback():
     drawing = {name for name, method in METHODS.items() if models.draws(method)}
     assert drawing == {
-        "fa", "fa_usf_init", "fa_usf_init_ei", "dfa", "dense_fa", "drtp",
+        "fa", "fa_usf_init", "fa_usf_init_ei", "fa_usf_init_ei_silent",
+        "dfa", "dense_fa", "drtp",
         "kolen_pollack", "weight_mirror", "symmetric_alignment",
         "activation_alignment", "information_alignment", "direct_kolen_pollack",
     }  # fmt: skip
