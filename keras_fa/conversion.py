@@ -982,6 +982,7 @@ def _compile_as(model: keras.Model, other: keras.Model) -> None:
         model.predict_function = None
     if not model.compiled:
         return
+    optimizer = getattr(model, "optimizer", None)
     try:
         config = model.get_compile_config()
         _check_functions(model, config)
@@ -990,6 +991,18 @@ def _compile_as(model: keras.Model, other: keras.Model) -> None:
         warnings.warn(
             f"What model '{model.name}' was compiled with could not be copied "
             f"({_cloning.reason(error)}) Compile the new model.",
+            stacklevel=3,
+        )
+    # Private, and in no config of Keras's.
+    excluded = (
+        "_exclude_from_weight_decay",
+        "_exclude_from_weight_decay_pattern",
+    )
+    if any(getattr(optimizer, name, None) for name in excluded):
+        warnings.warn(
+            f"What the optimizer of model '{model.name}' excludes from weight "
+            "decay is not copied. Compile the new model with an optimizer that "
+            "excludes it.",
             stacklevel=3,
         )
     callbacks.refuse_averages(other)

@@ -635,6 +635,20 @@ def test_a_function_with_the_name_of_keras_is_not_replaced(given: dict) -> None:
     assert convert(stock, "fa").compiled
 
 
+@pytest.mark.parametrize("by", ["var_list", "var_names"])
+def test_weight_decay_that_is_not_copied_is_told(by: str) -> None:
+    stock = keras.Sequential([keras.Input((6,)), layers.Dense(3)])
+    optimizer = keras.optimizers.AdamW(0.01)
+    stock.compile(optimizer, "mse")
+    convert(stock, "fa")
+    excluded = {"var_list": [stock.layers[0].bias], "var_names": ["bias"]}[by]
+    optimizer = keras.optimizers.AdamW(0.01)
+    optimizer.exclude_from_weight_decay(**{by: excluded})
+    stock.compile(optimizer, "mse")
+    with pytest.warns(UserWarning, match="excludes from weight decay is not"):
+        assert convert(stock, "fa").compiled
+
+
 # Feedback starts independently --------------------------------------------
 
 
