@@ -571,9 +571,10 @@ def test_file_that_is_too_large(copy, whole, small_files, capfd):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of its own, of 12 MB, which is gone with this process.
+    """A disk of its own, of 12 MB, which goes when this process ends.
 
-    Detached, it has no path but that of the open folder.
+    It keeps its path: a lock is taken on the resolved one, and that of a
+    detached disk lies in the root folder, the same for all processes.
     """
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -583,10 +584,12 @@ def disk(tmp_path):
         or subprocess.run(mount, capture_output=True).returncode
     ):
         pytest.skip("mounting a disk takes root")
-    held = os.open(folder, os.O_RDONLY)
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-    yield Path(f"/proc/self/fd/{held}")
-    os.close(held)
+    at_end = ["sh", "-c", 'read line; exec umount --lazy "$0"', str(folder)]
+    with subprocess.Popen(
+        at_end, stdin=subprocess.PIPE, start_new_session=True
+    ):
+        yield folder
+    assert not folder.is_mount()
 
 
 @long_on_jax
