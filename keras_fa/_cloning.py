@@ -10,6 +10,7 @@ import collections
 import contextlib
 import inspect
 import tempfile
+import warnings
 from collections.abc import Callable
 from collections.abc import Iterator
 from typing import TypeVar
@@ -21,6 +22,8 @@ from keras import ops
 # A layer, or what a `keras.ops` function is recorded as.
 Operation = TypeVar("Operation", bound=keras.Operation)
 Clones = dict[keras.Operation, keras.Operation]
+# Marks copies of Functional models whose class has a constructor of its own.
+_OWN = "_keras_fa_own"
 
 
 def is_graph(layer: object) -> bool:
@@ -28,6 +31,28 @@ def is_graph(layer: object) -> bool:
     return isinstance(layer, keras.Sequential) or (
         isinstance(layer, keras.Model) and isinstance(layer, keras.Function)
     )
+
+
+def class_of(layer: keras.Operation) -> type:
+    """The class of a layer or model, without what `_holders` adds to it."""
+    return getattr(type(layer), "held_class", type(layer))
+
+
+def become(cls: type, layer: keras.layers.Layer) -> None:
+    """Gives a layer or model another class."""
+    object.__setattr__(layer, "__class__", cls)
+
+
+def own_config(layer: keras.Operation) -> dict[str, object]:
+    """A layer's config, without what `_holders` adds to it."""
+    cls, own = type(layer), class_of(layer)
+    if cls is own:
+        return layer.get_config()
+    become(own, layer)  # Keras asks whether it has a `get_config` of its own
+    try:
+        return layer.get_config()
+    finally:
+        become(cls, layer)
 
 
 def functional(model: keras.Model) -> keras.Model:
@@ -103,6 +128,7 @@ def rebuild(
     make: Callable[[keras.Operation], keras.Operation],
     call: Callable[..., object] | None = None,
     clones: Clones | None = None,
+    own: bool = True,
 ) -> tuple[keras.Model, Clones]:
     """A copy of a model, with its state, that is made of other layers.
 
@@ -112,6 +138,8 @@ def rebuild(
         call: Calls the new layers, `(layer, *args, **kwargs)`, in Functional
             models. Default: just so.
         clones: New layers that there are already, by the old ones.
+        own: Whether Functional models of a class with a constructor of its own
+            stay such; else they become plain Functional.
 
     Raises:
         ValueError: If a model would lose a `call` of its own, or the graph
@@ -121,6 +149,7 @@ def rebuild(
         The copy, and which of its layers and models stands for which.
     """
     clones = {} if clones is None else dict(clones)
+    call = call or _just_call
     _refuse_weights_in_calls(model)
 
     def clone(layer: keras.Operation) -> keras.Operation:
@@ -129,19 +158,139 @@ def rebuild(
         return clones[layer]
 
     def copy(graph: keras.Model) -> keras.Model:
+        given = []
+
+        def recorded(*args: object, **kwargs: object) -> object:
+            given.append(call(*args, **kwargs))
+            return given[-1]
+
         sequential = isinstance(graph, keras.Sequential)
         with _uncompiled(graph):
             new = keras.models.clone_model(
                 graph,
                 clone_function=clone,
-                call_function=None if sequential else call,
+                call_function=None if sequential else recorded,
             )
+        if own and not sequential and type(new) is not class_of(graph):
+            new = _as_own(graph, new, clones, given)
         _refuse_own_call(graph, type(new))
         return new
 
     clone(model)
     _copy_state(dict(reversed(clones.items())))
     return clones[model], clones
+
+
+def _just_call(
+    operation: keras.Operation, *args: object, **kwargs: object
+) -> object:
+    return operation(*args, **kwargs)
+
+
+def _as_own(
+    graph: keras.Model, plain: keras.Model, clones: Clones, given: list
+) -> keras.Model:
+    """A copy of a Functional model as one of that model's own class.
+
+    Its constructor would make stock layers, so it is not run: the copy gets
+    the attributes that it had set, with the new layers and tensors.
+
+    Args:
+        graph: The model.
+        plain: Its copy as a plain Functional model.
+        clones: The new layers by the old ones.
+        given: What the new layers gave, in the order of their calls.
+
+    Returns:
+        The copy, or, with a warning, `plain`, where an attribute has weights
+        or tensors that are not the graph's.
+    """
+    nodes = [
+        node
+        for depth in sorted(graph._nodes_by_depth, reverse=True)
+        for node in graph._nodes_by_depth[depth]
+        if not node.is_input
+    ]
+    tensors = dict(zip(map(id, graph.inputs), plain.inputs))
+    for node, outputs in zip(nodes, given):
+        new = keras.tree.flatten(outputs)
+        tensors.update(zip(map(id, node.outputs), new))
+
+    def copied(value: object) -> object:
+        if isinstance(value, keras.KerasTensor):
+            return tensors[id(value)]
+        if value is graph:
+            return own
+        if isinstance(value, keras.Operation):
+            if value in clones:
+                return clones[value]
+            if getattr(value, "weights", ()):
+                raise KeyError
+        if isinstance(value, keras.Variable):
+            raise KeyError
+        if isinstance(
+            value, (keras.metrics.Metric, keras.random.SeedGenerator)
+        ):
+            return type(value).from_config(value.get_config())
+        return value
+
+    cls = class_of(graph)
+    own = cls.__new__(cls)
+    type(plain).__init__(own, plain.input, plain.output, name=graph.name)
+    # What a model has that is no attribute of its class.
+    other = functional(graph)
+    other.compile("sgd", "mse")
+    usual = {*_attributes(own), *_attributes(other), "history"}
+    for name, value in _attributes(graph).items():
+        if name in usual and name not in ("dtype_policy", "_auto_config"):
+            continue
+        try:
+            new = mapped(value, copied)
+        except KeyError:
+            warnings.warn(
+                f"Model '{graph.name}' ({cls.__name__}) becomes a plain "
+                f"Functional one: its attribute '{name}' has weights or "
+                "tensors that are not part of its graph.",
+                stacklevel=2,
+            )
+            return plain
+        for kind in (list, dict, set):  # which the two are not to share
+            new = kind(new) if isinstance(new, kind) else new
+        setattr(own, name, new)
+    vars(own)[_OWN] = True
+    return own
+
+
+def makes_layers(layer: keras.layers.Layer) -> bool:
+    """Whether a layer's config tells less than the layers that it holds.
+
+    So it is with classes that make their layers themselves. Keras's own, and
+    Functional models of a class that is made of inputs and outputs, tell all.
+    """
+    if is_graph(layer):
+        return _OWN in vars(layer)
+    return type(layer).__module__.split(".")[0] != "keras"
+
+
+def _attributes(layer: keras.layers.Layer) -> dict[str, object]:
+    """The attributes of a layer. PyTorch keeps those that are layers apart."""
+    return {**vars(layer), **vars(layer).get("_modules", {})}
+
+
+def compile_again(model: keras.Model, config: dict[str, object]) -> None:
+    """Compiles a model as the one whose `get_compile_config` this was.
+
+    Keras leaves out classes with a `compile` of their own, which mostly takes
+    what Keras's takes.
+    """
+    cls = class_of(model)
+    own = cls.compile is not keras.Model.compile
+    if own and cls.compile_from_config is keras.Model.compile_from_config:
+        model.compile(**keras.saving.deserialize_keras_object(config))
+        if model.optimizer is not None:
+            model.optimizer.build(model.trainable_variables)
+    else:
+        cls.compile_from_config(model, config)
 
 
 def reached(
@@ -196,7 +345,8 @@ def remake_held(
             if new is layer:
                 continue
             clones[layer] = new
-            _build_as(layer, new)
+            if layer.built:
+                _build_as(layer, new)
             _copy_state({layer: new})
 
     visit(holder)
@@ -215,9 +365,10 @@ def rebuild_all(
     copy, clones = rebuild(
         model, lambda layer: make(layer) or again(layer), clones=clones
     )
-    for layer in list(clones.values()):
+    for old, layer in list(clones.items()):
         if isinstance(layer, keras.layers.Layer) and not is_graph(layer):
-            remake_held(layer, make)
+            olds = dict(zip(all_layers(layer), all_layers(old)))
+            remake_held(layer, lambda new, olds=olds: make(olds.get(new, new)))
     return copy, clones
 
 
@@ -344,6 +495,8 @@ def _refuse_weights_in_calls(model: keras.Model) -> None:
 
     The copy's operation would go on with the weight of the old layer.
     """
+    if not model.built:  # a Sequential model that nothing is known of yet
+        return
     weights = {id(weight) for weight in model.weights}
     for path, operation in walk(model):
         for node in operation._inbound_nodes:  # Keras's own, private
@@ -459,36 +612,41 @@ def replace(holder: keras.layers.Layer, new: Clones) -> None:
         new: The new layers by the old ones.
     """
 
-    def replaced(value: object) -> object:
-        if isinstance(value, keras.layers.Layer):
-            return new.get(value, value)
-        if isinstance(value, dict):
-            return {key: replaced(item) for key, item in value.items()}
-        if isinstance(value, tuple):
-            kind = type(getattr(value, "__wrapped__", value))
-            items = map(replaced, value)
-            return kind(*items) if hasattr(kind, "_fields") else kind(items)
-        if isinstance(value, list):
-            return list(map(replaced, value))
-        return value
-
-    def concerned(value: object) -> bool:
-        if isinstance(value, keras.layers.Layer):
-            return value in new
-        if isinstance(value, dict):
-            return any(map(concerned, value.values()))
-        listed = isinstance(value, (tuple, list))
-        return listed and any(map(concerned, value))
+    def other(item: object) -> object:
+        layer = isinstance(item, keras.layers.Layer)
+        return new.get(item, item) if layer else item
 
     # Private, as in Keras's own `enable_lora`: a layer that is built takes no
     # new layers, and one that is overwritten stays among those of its holder.
     tracker, internal = holder._tracker, holder._layers
-    for old, other in new.items():
+    for old, layer in new.items():
         if tracker.is_in_store("layers", old):
-            tracker.replace_tracked_value("layers", old, other)
+            tracker.replace_tracked_value("layers", old, layer)
     for name, value in list(vars(holder).items()):
-        if value is not internal and concerned(value):
-            setattr(holder, name, replaced(value))
+        if value is not internal:
+            changed = mapped(value, other)
+            if changed is not value:
+                setattr(holder, name, changed)
+
+
+def mapped(value: object, new: Callable[[object], object]) -> object:
+    """A value with `new` of all that is in it, in lists, tuples and dicts.
+
+    It is the value itself where `new` changes nothing.
+    """
+    if isinstance(value, dict):
+        items = {key: mapped(item, new) for key, item in value.items()}
+        same = all(items[key] is item for key, item in value.items())
+        return value if same else items
+    if not isinstance(value, (tuple, list)):
+        return new(value)
+    items = [mapped(item, new) for item in value]
+    if all(item is old for item, old in zip(items, value)):
+        return value
+    if isinstance(value, list):
+        return items
+    kind = type(getattr(value, "__wrapped__", value))
+    return kind(*items) if hasattr(kind, "_fields") else kind(items)
 
 
 def config_of(layer: keras.Operation) -> dict[str, object]:
@@ -502,7 +660,7 @@ def config_of(layer: keras.Operation) -> dict[str, object]:
         ValueError: If the layer has no config; it is named.
     """
     with _naming(layer):
-        config = layer.get_config()
+        config = own_config(layer)
         for name, entry in config.items():
             given = getattr(layer, name, None)
             if isinstance(given, keras.initializers.Initializer):
@@ -524,7 +682,8 @@ def again(
     """A new layer like another one, with its vocabulary, without its weights.
 
     Args:
-        layer: A layer, or an operation.
+        layer: A layer, or an operation. In one that makes the layers in it,
+            these are as its constructor makes them.
         cls: Class of the new layer. Default: that of `layer`.
         config: What to make it of. Default: `config_of(layer)`.
 
@@ -534,15 +693,15 @@ def again(
     config = config_of(layer) if config is None else config
     with _naming(layer):
         try:
-            new = (cls or type(layer)).from_config(config)
+            new = (cls or class_of(layer)).from_config(config)
         except Exception:
             if cls is not None:
                 raise
             # A from_config of its own may take nothing but configs.
-            plain = layer.get_config()
+            plain = own_config(layer)
             if "name" in config:
                 plain["name"] = config["name"]
-            new = _of_config(type(layer), plain)
+            new = _of_config(class_of(layer), plain)
         if hasattr(layer, "save_assets"):
             with tempfile.TemporaryDirectory() as folder:
                 layer.save_assets(folder)

@@ -33,6 +33,7 @@ import numpy as np
 from keras import ops
 
 from keras_fa import _cloning
+from keras_fa import _holders
 from keras_fa import _wiring
 from keras_fa import callbacks
 from keras_fa import constraints
@@ -250,6 +251,7 @@ def convert(
     for layer, new in clones.items():
         if type(layer) not in _COUNTERPART and new not in left:
             _convert_held(new, method, others, skip, layer in hidden)
+        _holders.remember(new)
     _name_peers(clones)
     _settle(converted, stocks, clones)
     if _learns(stock) and not _learns(converted):
@@ -340,6 +342,7 @@ def _convert_in_place(
     others = _other_methods(model, layers, method)
     _check_layers(model, skip)
     clones = _convert_held(model, method, others, skip)
+    _holders.remember(model)
     _settle(model, stocks, clones)
     _compile_as(model, model)
     logging.getLogger("keras_fa").info(
@@ -541,6 +544,7 @@ def _to_stock_in_place(
     layer = isinstance(holder, keras.layers.Layer)
     if not layer or _cloning.is_graph(holder) or not feedback_layers(holder):
         return {}
+    _holders.forget(holder)
     return _cloning.remake_held(holder, lambda x: _stock_of(x, subclasses))
 
 
@@ -722,7 +726,7 @@ def _wire(
             )
         return outputs
 
-    converted, clones = _cloning.rebuild(flat, make, call)
+    converted, clones = _cloning.rebuild(flat, make, call, own=False)
     for source, new in flats.items():
         if new in clones:  # and not left out, as what made a mask may be
             clones[source] = clones[new]
@@ -986,7 +990,7 @@ def _compile_as(model: keras.Model, other: keras.Model) -> None:
     try:
         config = model.get_compile_config()
         _check_functions(model, config)
-        other.compile_from_config(config)
+        _cloning.compile_again(other, config)
     except (TypeError, ValueError) as error:
         warnings.warn(
             f"What model '{model.name}' was compiled with could not be copied "

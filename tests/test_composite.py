@@ -1,6 +1,7 @@
 """Layers that hold layers, subclassed models, and models as Keras has them."""
 
 import logging
+import pickle
 from typing import Any
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import keras_fa
 from keras_fa import convert
 from keras_fa import to_backprop
 from keras_fa.alignment import named_paths
+from keras_fa.layers.feedback import all_layers
 from keras_fa.layers.feedback import feedback_layers
 
 TOKENS = np.random.default_rng(0).integers(1, 9, (4, 5))
@@ -207,11 +209,12 @@ def test_an_autoencoder_with_two_outputs() -> None:
         convert(stock, "dfa")
 
 
+@keras.saving.register_keras_serializable(package="tests")
 class Subclassed(keras.Model):
     """A model whose `call` is a program."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.block = TransformerBlock(4, name="block")
         self.embedding = layers.Embedding(9, 4)
         self.pool = layers.GlobalAveragePooling1D()
@@ -250,6 +253,137 @@ def test_a_subclassed_model_is_converted_in_place(caplog: Any) -> None:
     for method in ("dfa", "frozen"):
         with pytest.raises(ValueError, match="as a Functional model"):
             convert(model, method)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Task(keras.Model):
+    """A Functional model that its constructor makes, as KerasHub's are."""
+
+    def __init__(self, backbone: keras.Model, units: int, **kwargs: Any):
+        features = backbone(backbone.input)
+        head = layers.Dense(units, name="readout")
+        super().__init__(
+            inputs=backbone.input, outputs=head(features), **kwargs
+        )
+        self.backbone, self.head, self.units = backbone, [head], units
+        self.features, self.calls = {"last": features}, []
+        self.seen = keras.metrics.Mean(name="seen")
+
+    def preprocess(self, x: Any) -> Any:
+        return x % 9
+
+    def train_step(self, *args: Any) -> Any:
+        self.calls.append("train_step")
+        return super().train_step(*args)
+
+    def get_config(self) -> dict:
+        backbone = keras.saving.serialize_keras_object(self.backbone)
+        return {"backbone": backbone, "units": self.units, "name": self.name}
+
+    @classmethod
+    def from_config(cls, config: dict) -> keras.Model:
+        backbone = keras.saving.deserialize_keras_object(config["backbone"])
+        return cls(**{**config, "backbone": backbone})
+
+
+def task() -> keras.Model:
+    start = keras.Input((5,), dtype="int32")
+    x = TransformerBlock(4, name="block")(layers.Embedding(9, 4)(start))
+    x = layers.Dense(3, activation="relu", name="hidden")(layers.Flatten()(x))
+    return Task(keras.Model(start, x, name="backbone"), 2, name="task")
+
+
+def subclassed() -> keras.Model:
+    model = Subclassed()
+    model(TOKENS)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have a `build")
+@pytest.mark.parametrize(
+    ("make", "method", "by"),
+    [
+        (lambda: task().backbone, "fa", "file"),
+        (subclassed, "fa_usf_const_ei", "file"),
+        (subclassed, "fa", "pickle"),
+        (task, "fa_usf_sn", "file"),
+        (task, "fa_usf_const_ei", "pickle"),
+    ],
+)
+def test_what_constructors_make_is_saved_as_it_is(
+    make: Any, method: str, by: str, tmp_path: Any
+) -> None:
+    model = convert(make(), method)
+    y = 0 * array(model(TOKENS))
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.fit(TOKENS, y, verbose=0)
+    if by == "file":
+        model.save(tmp_path / "model.keras")
+        again = keras.saving.load_model(tmp_path / "model.keras")
+    else:
+        again = pickle.loads(pickle.dumps(model))
+    assert named_paths(again).keys() == named_paths(model).keys()
+    for ours, theirs in zip(feedback_layers(again), feedback_layers(model)):
+        assert type(ours) is type(theirs)
+        assert ours.get_config() == theirs.get_config()
+    for ours, theirs in zip(again.weights, model.weights, strict=True):
+        np.testing.assert_array_equal(array(ours), array(theirs))
+    np.testing.assert_array_equal(array(again(TOKENS)), array(model(TOKENS)))
+    for each in (again, model):
+        for layer in all_layers(each):
+            if isinstance(layer, layers.Dropout):
+                layer.rate = 0  # which they would draw each for itself
+        each.compile(keras.optimizers.SGD(0.1), "mse")
+        each.fit(TOKENS, y, shuffle=False, verbose=0)
+    for ours, theirs in zip(again.weights, model.weights, strict=True):
+        references.assert_close(array(ours), array(theirs), 1e-4)
+    plain = to_backprop(again)
+    assert not feedback_layers(plain)
+    stock = make()
+    assert type(plain) is type(stock)
+    config = keras.saving.serialize_keras_object(plain)
+    assert "keras_fa" not in str(config)
+
+
+def test_a_functional_model_of_an_own_class_stays_one() -> None:
+    stock = task()
+    stock.compile("sgd", "mse")
+    model = convert(stock, "fa")
+    assert isinstance(model, Task)
+    assert model.units == 2
+    assert model.seen is not stock.seen
+    np.testing.assert_array_equal(model.preprocess(TOKENS), TOKENS % 9)
+    model.fit(TOKENS, TARGETS, verbose=0)
+    assert model.calls
+    assert not stock.calls
+    # What it keeps are the new layers and tensors, and the old one's its own.
+    assert model.head[0] is model.get_layer("readout")
+    assert model.backbone is model.get_layer("backbone")
+    last = keras.Model(model.inputs, model.features["last"])
+    assert "hidden" in named_paths(last)
+    assert not feedback_layers(stock)
+    assert stock.head[0] is stock.get_layer("readout")
+    # DFA takes its backbone apart.
+    with pytest.warns(UserWarning, match="loses its train_step"):
+        assert not isinstance(convert(stock, "dfa"), Task)
+
+
+def test_a_class_that_cannot_be_kept_is_told() -> None:
+    stock = task()
+    stock.other = layers.Dense(2)
+    stock.other.build((None, 3))
+    with pytest.warns(UserWarning, match="'other' has weights"):
+        model = convert(stock, "fa")
+    assert not isinstance(model, Task)
+    np.testing.assert_array_equal(array(model(TOKENS)), array(stock(TOKENS)))
+
+
+def test_a_class_that_has_changed_since_it_was_saved() -> None:
+    model = convert(subclassed(), "fa")
+    config = model.get_config()
+    config["import_keras_fa_to_load_this"]["held"][0]["place"] = [1]
+    with pytest.raises(ValueError, match="version of the class"):
+        type(model).from_config(config)
 
 
 class Partly(Subclassed):

@@ -58,6 +58,7 @@ def bert() -> keras.Model:
         hidden_dim=4,
         intermediate_dim=8,
         max_sequence_length=6,
+        dropout=0,
     )
 
 
@@ -69,14 +70,14 @@ def preprocessor_of_images() -> Any:
 
 def image_classifier(backbone: Any = None) -> keras.Model:
     return hub.ResNetImageClassifier(
-        backbone or resnet(), 2, preprocessor_of_images()
+        backbone or resnet(), 3, preprocessor_of_images()
     )
 
 
 def text_classifier() -> keras.Model:
     tokenizer = hub.BertTokenizer(vocabulary=WORDS)
     preprocessor = hub.BertTextClassifierPreprocessor(tokenizer, 6)
-    return hub.BertTextClassifier(bert(), 2, preprocessor, dropout=0)
+    return hub.BertTextClassifier(bert(), 3, preprocessor, dropout=0)
 
 
 def assert_equal(model: keras.Model, other: keras.Model, x: Any) -> None:
@@ -111,6 +112,7 @@ def test_backbones(
     assert_equal(plain, model, x)
 
 
+@pytest.mark.parametrize("method", ["fa", "fa_usf_const_ei"])
 @pytest.mark.parametrize(
     ("make", "raw", "block"),
     [
@@ -122,32 +124,51 @@ def test_backbones(
         ),
     ],
 )
-def test_tasks(make: Callable, raw: Any, block: str, tmp_path: Any) -> None:
-    """What their preprocessor makes of raw data is what the new model takes."""
+def test_tasks(
+    make: Callable, raw: Any, block: str, method: str, tmp_path: Any
+) -> None:
+    """They stay tasks, which take raw data, and are saved as such."""
     stock = make()
     stock.compile(optimizer=keras.optimizers.SGD(0.1))
-    model = convert(stock, "fa")
+    model = convert(stock, method)
+    assert isinstance(model, type(stock))
+    assert isinstance(model.backbone, type(stock.backbone))
     assert model.compiled
-    x, y = stock.preprocessor(raw, np.array([0, 1]))
-    assert_equal(model, stock, x)
+    np.testing.assert_array_equal(
+        model.predict(raw, verbose=0), stock.predict(raw, verbose=0)
+    )
     path = named_paths(model)[block]
     before = array(path.kernel)
-    model.fit(x, y, verbose=0)
+    model.fit(raw, np.array([0, 1]), verbose=0)
     assert not np.array_equal(array(path.kernel), before)
-    if make is image_classifier:
-        model.save(tmp_path / "model.keras")
-        again = keras.saving.load_model(tmp_path / "model.keras")
-        assert named_paths(again).keys() == named_paths(model).keys()
-    else:  # a file has its blocks as stock
-        model.save_weights(tmp_path / "w.weights.h5")
-        again = convert(make(), "fa")
-        again.load_weights(tmp_path / "w.weights.h5")
-    assert_equal(again, model, x)
-    assert_equal(to_backprop(model), model, x)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert isinstance(again, type(stock))
+    assert named_paths(again).keys() == named_paths(model).keys()
+    np.testing.assert_array_equal(
+        again.predict(raw, verbose=0), model.predict(raw, verbose=0)
+    )
+    for each in (model, again):  # with the optimizer that it was compiled with
+        each.fit(raw, np.array([0, 1]), verbose=0)
+    for ours, theirs in zip(again.weights, model.weights):
+        references.assert_close(array(ours), array(theirs), 1e-4)
+    plain = to_backprop(again)
+    assert type(plain) is type(stock)
+    assert not feedback_layers(plain)
+    np.testing.assert_array_equal(
+        plain.predict(raw, verbose=0), again.predict(raw, verbose=0)
+    )
+
+
+def test_feature_pyramids_are_those_of_the_new_layers() -> None:
+    model = convert(resnet(), "fa")
+    (level,) = model.pyramid_outputs.values()
+    found = feedback_layers(keras.Model(model.inputs, level))
+    assert set(found) == set(feedback_layers(model))
 
 
 def test_a_task_of_a_converted_backbone(tmp_path: Any) -> None:
-    """It takes raw images; its readout is stock."""
+    """Its readout is stock."""
     model = image_classifier(convert(resnet(), "fa_usf_sn"))
     assert len(named_paths(model)) == 3
     raw = 255 * np.abs(IMAGES)

@@ -1,0 +1,160 @@
+"""Layers and models that are saved as what their constructor makes.
+
+A block of one's own or a task makes its layers itself: stock ones. Where some
+were replaced, its class gives way to one of the same name that tells in its
+config what was, and puts that back when it is made of this config.
+"""
+
+import functools
+import types
+from collections.abc import Iterator
+
+import keras
+
+from keras_fa import _cloning
+from keras_fa.layers.feedback import FeedbackArguments
+from keras_fa.layers.feedback import feedback_layers
+
+# What is added to a config. A class that is given it and does not know it says
+# so by this name.
+_KEY = "import_keras_fa_to_load_this"
+
+
+class Holder:
+    """What the class of something that holds FA layers is derived from, too."""
+
+    def get_config(self) -> dict[str, object]:
+        cls = _cloning.class_of(self)
+        stock = {
+            "module": cls.__module__,
+            "class_name": cls.__name__,
+            "registered_name": keras.saving.get_registered_name(cls),
+            "build_config": self.get_build_config(),
+        }
+        held = [
+            {"place": place, "layer": _config_of(layer)}
+            for place, layer in _members(self)
+            if isinstance(layer, FeedbackArguments)
+        ]
+        config = _cloning.own_config(self)
+        return {**config, _KEY: {"stock": stock, "held": held}}
+
+    @classmethod
+    def from_config(cls, config: dict[str, object]) -> keras.layers.Layer:
+        config = dict(config)
+        kept = config.pop(_KEY)
+        stock = keras.saving.deserialize_keras_object(
+            {**kept["stock"], "config": config}
+        )
+        new = {}
+        for entry in kept["held"]:
+            layer = keras.saving.deserialize_keras_object(entry["layer"])
+            old = _at(stock, entry["place"])
+            if not isinstance(old, (type(layer), layer.stock_class)):
+                raise ValueError(
+                    f"'{stock.name}' ({type(stock).__name__}) was saved with "
+                    f"'{layer.name}' ({type(layer).__name__}), and its class "
+                    f"now has {old!r} there. Load it with the version of the "
+                    "class that it was saved with."
+                )
+            new[old] = layer
+        if _cloning.is_graph(stock):
+            stock, clones = _cloning.rebuild_all(stock, new.get)
+            for layer in clones.values():
+                remember(layer)
+        else:
+            _cloning.remake_held(stock, new.get)
+            remember(stock)
+        return stock
+
+    def __reduce__(self) -> tuple:
+        load, given = super().__reduce__()
+        return getattr(_cloning.class_of(self), load.__name__), given
+
+    def compile_from_config(self, config: dict[str, object]) -> None:
+        _cloning.compile_again(self, config)
+
+
+def remember(layer: keras.Operation) -> None:
+    """Has a layer or model tell in its config which FA layers it holds."""
+    if (
+        isinstance(layer, keras.layers.Layer)
+        and not isinstance(layer, (FeedbackArguments, Holder))
+        and _cloning.makes_layers(layer)
+        and feedback_layers(layer)
+    ):
+        _cloning.become(_holding(type(layer)), layer)
+
+
+def forget(layer: keras.layers.Layer) -> None:
+    """Gives a layer or model its own class back."""
+    if isinstance(layer, Holder):
+        _cloning.become(_cloning.class_of(layer), layer)
+
+
+@functools.cache
+def _holding(cls: type) -> type:
+    names = {
+        name: getattr(cls, name)
+        for name in ("__module__", "__qualname__", "__doc__")
+    }
+    names["held_class"] = cls
+    return _register(
+        types.new_class(
+            cls.__name__, (Holder, cls), exec_body=lambda n: n.update(names)
+        )
+    )
+
+
+def _register(cls: type) -> type:
+    """Has `Holder.from_config` called for what is saved as this class."""
+    for each in (cls, Holder):  # the last one is found by the name
+        keras.saving.register_keras_serializable("keras_fa", "Holder")(each)
+    return cls
+
+
+_register(Holder)
+
+
+def _config_of(layer: keras.layers.Layer) -> dict[str, object]:
+    # Not by Keras's serialize, for which an object that comes twice is shared.
+    cls = type(layer)
+    return {
+        "module": cls.__module__,
+        "class_name": cls.__name__,
+        "registered_name": keras.saving.get_registered_name(cls),
+        "config": keras.saving.serialize_keras_object(layer.get_config()),
+    }
+
+
+def _inner(holder: keras.layers.Layer) -> list[keras.Operation]:
+    """What a layer holds or a model calls, in the order of its making."""
+    if isinstance(holder, keras.Sequential):
+        return holder.layers
+    return (
+        holder.operations
+        if _cloning.is_graph(holder)
+        else _cloning.held(holder)
+    )
+
+
+def _at(holder: keras.layers.Layer, place: list[int]) -> object:
+    for i in place:
+        inner = _inner(holder)
+        holder = inner[i] if i < len(inner) else None
+    return holder
+
+
+def _members(
+    holder: keras.layers.Layer,
+) -> Iterator[tuple[list[int], keras.layers.Layer]]:
+    """The layers in a layer, but for those in FA layers, and where they are."""
+    seen, left = set(), [([], holder)]
+    while left:
+        place, outer = left.pop(0)
+        for i, layer in enumerate(_inner(outer)):
+            if isinstance(layer, keras.layers.Layer) and layer not in seen:
+                seen.add(layer)
+                yield [*place, i], layer
+                if not isinstance(layer, FeedbackArguments):
+                    left.append(([*place, i], layer))
