@@ -143,13 +143,20 @@ def convert(
     had been drawn by. To draw them anew, convert `to_backprop(model)`.
 
     Returns:
-        A new model (a subclassed one: the same), Sequential if `model` is
-        (Functional under DFA and
-        DenseFA), compiled if `model` is. A subclass of `keras.Model` with a
-        constructor of its own becomes plain Functional, with a warning if it
-        loses a `train_step` of its own. If what it was compiled with cannot be
-        copied (a loss or metric that is a function of one's own), it is left
-        uncompiled, with a warning.
+        A new model (a subclassed one: the same), of the class of `model`
+        (plain Functional under DFA and DenseFA), compiled if `model` is. In a
+        Functional model of a class of its own (a task of KerasHub) attributes
+        that are layers or tensors of the graph are those of the new one; a
+        layer without weights outside of the graph (a preprocessor) is the
+        same object. Such a class becomes plain Functional, with a warning,
+        where an attribute has weights that are not the graph's. If what it was
+        compiled with cannot be copied (a loss or metric that is a function of
+        one's own), it is left uncompiled, with a warning.
+
+    Blocks, tasks and subclassed models, whose constructors make their layers,
+    are saved with what was made of these: a file of the new model loads as it
+    is, where one of `model` loads. So do pickles and copies by Keras's
+    `from_config`. Their class is then one of the same name, derived from it.
 
     Raises:
         ValueError: If the model is not built, or subclassed and the method

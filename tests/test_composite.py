@@ -304,6 +304,7 @@ def subclassed() -> keras.Model:
     ("make", "method", "by"),
     [
         (lambda: task().backbone, "fa", "file"),
+        (lambda: task().backbone, "dfa", "file"),
         (subclassed, "fa_usf_const_ei", "file"),
         (subclassed, "fa", "pickle"),
         (task, "fa_usf_sn", "file"),
