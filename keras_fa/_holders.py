@@ -15,9 +15,8 @@ from keras_fa import _cloning
 from keras_fa.layers.feedback import FeedbackArguments
 from keras_fa.layers.feedback import feedback_layers
 
-# What is added to a config. A class that is given it and does not know it says
-# so by this name.
-_KEY = "import_keras_fa_to_load_this"
+# What is added to a config.
+_KEY = "keras_fa_layers"
 
 
 class Holder:
@@ -95,10 +94,12 @@ def forget(layer: keras.layers.Layer) -> None:
 @functools.cache
 def _holding(cls: type) -> type:
     names = {
-        name: getattr(cls, name)
-        for name in ("__module__", "__qualname__", "__doc__")
+        # Where it is missing Keras says so, and does not take `cls` instead.
+        "__module__": "keras_fa",
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "held_class": cls,
     }
-    names["held_class"] = cls
     return _register(
         types.new_class(
             cls.__name__, (Holder, cls), exec_body=lambda n: n.update(names)

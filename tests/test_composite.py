@@ -382,7 +382,7 @@ def test_a_class_that_cannot_be_kept_is_told() -> None:
 def test_a_class_that_has_changed_since_it_was_saved() -> None:
     model = convert(subclassed(), "fa")
     config = model.get_config()
-    config["import_keras_fa_to_load_this"]["held"][0]["place"] = [1]
+    config["keras_fa_layers"]["held"][0]["place"] = [1]
     with pytest.raises(ValueError, match="version of the class"):
         type(model).from_config(config)
 
