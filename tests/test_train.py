@@ -156,7 +156,7 @@ def test_main_job(tmp_path):
     done = in_new_process(
         "train/main.py",
         "--flagfile=digits_usf.flags",
-        "--epochs=10",  # a third of its length
+        "--epochs=5",  # a sixth of its length
         f"--runs_dir={tmp_path}",
     )
     assert done.returncode == 0, done.stderr
@@ -649,7 +649,11 @@ def test_batch_that_replicas_cannot_share(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("backend", "program"), [("numpy", "main.py"), ("nonsense", "report.py")]
+    ("backend", "program"),
+    [
+        pytest.param("numpy", "main.py", marks=pytest.mark.slow),
+        ("nonsense", "report.py"),
+    ],
 )
 def test_other_backends(backend, program, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", backend)
