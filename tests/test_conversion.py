@@ -156,7 +156,11 @@ CASES = [(kind, method) for kind in MODELS for method in SORTS] + [
 ]
 # Where a model is trained and saved: each sort of method and each model. All
 # methods are in `test_controls`.
-FEW = [("dictionary", method) for method in (*SORTS, "fa_usf_init_ei")] + [
+FEW = [
+    ("dictionary", "bp_alignment"),
+    ("dictionary", "fa_usf_init_ei"),
+    ("dictionary", "fa_usf_const_ei"),
+    ("dictionary", "dfa"),
     ("functional", "bp_noise"),
     ("functional", "fa_usf_const_ei"),
     ("functional", "dense_fa"),
