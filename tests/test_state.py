@@ -301,7 +301,7 @@ def test_no_layer_takes_the_weights_of_another(
 
 def auto_named(order: str) -> keras.Model:
     """A net whose layers are named in the order of their making."""
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)
     made = {name: layers.Dense(4) for name in order}
     inputs = keras.Input((4,))
     return keras.Model(inputs, made["b"](made["a"](inputs)))
