@@ -504,6 +504,13 @@ def test_layers_shared_stay_shared() -> None:
         layer for layer in leaves(convert(nested(), "fa")) if layer.name == "a"
     ]
     assert len({id(layer) for layer in a}) == 1
+    shared = layers.Dense(6, name="both")
+    block = keras.Sequential([keras.Input((6,)), shared], name="block")
+    vector = keras.Input((6,))
+    stock = keras.Model(vector, layers.Dense(3)(shared(block(vector))))
+    model = convert(stock, "fa")
+    (inside,) = model.get_layer("block").layers
+    assert inside is model.get_layer("both")
 
 
 @pytest.mark.parametrize("method", ["fa_usf_const_ei", "dfa"])
