@@ -152,7 +152,7 @@ def test_backpropagation_has_no_angle(method: str) -> None:
         np.testing.assert_allclose(row["norm_ratio"], 1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["bp", "bp_noise", "fa_usf_sn", "dfa"])
+@pytest.mark.parametrize("method", ["bp_noise", "fa_usf_sn", "dfa"])
 def test_masks_are_shared_and_nothing_moves(method: str) -> None:
     model = convert(network(dropout=0.5), method)
     variables = model.variables
@@ -172,7 +172,7 @@ def test_masks_are_shared_and_nothing_moves(method: str) -> None:
         assert measure(X, Y) != first
 
 
-@pytest.mark.parametrize("method", ["fa", "fa_usf_init", "fa_usf_sn", "bp"])
+@pytest.mark.parametrize("method", ["fa", "fa_usf_sn"])
 def test_a_compiled_measure_follows_the_weights(method: str) -> None:
     model = convert(network(), method)
     measure = alignment_function(model, "mse")

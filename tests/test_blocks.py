@@ -554,7 +554,8 @@ def test_nested_models_under_dfa(
         ours = gradients(each, X, Y, MSE)
         assert len(ours) == len(flat.trainable_weights)
         check(ours, expected)
-    for eager in (True, False):
+    # Traced once, for the time that it takes.
+    for eager in (True, False) if name == "called_twice" else (True,):
         loaded.set_weights(model.get_weights())
         loaded.compile(keras.optimizers.SGD(0.5), MSE, run_eagerly=eager)
         start = {w.path: np.array(w) for w in loaded.trainable_weights}
@@ -628,7 +629,7 @@ def test_nested_models_under_dense_fa(name: str) -> None:
     if name == "once":
         del expected["a/bias"]
     check(gradients(model, X, Y, MSE), expected, 1e-5)
-    model.compile("sgd", "mse")
+    model.compile("sgd", "mse", run_eagerly=True)
     model.fit(X, Y, verbose=0)
 
 
@@ -747,7 +748,7 @@ def test_layers_of_a_frozen_base_are_set_free(
         names = [w.path.split("/")[-2] for w in each.trainable_weights]
         assert names == ["b", "b", "out", "out"]
         assert len(stock.trainable_weights) == 4
-        each.compile(keras.optimizers.SGD(0.1), "mse")
+        each.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
         each.fit(X, Y, verbose=0)
         for name, moves in (("a", False), ("b", True)):
             ours, theirs = (m.get_layer(name).kernel for m in (each, base))
@@ -755,7 +756,7 @@ def test_layers_of_a_frozen_base_are_set_free(
         for layer in each.layers:
             layer.trainable = True
         assert len(each.trainable_weights) == 8
-        each.compile(keras.optimizers.SGD(0.1), "mse")
+        each.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
         each.fit(X, Y, verbose=0)
         ours, theirs = (m.get_layer("a").kernel for m in (each, base))
         assert not np.array_equal(ours, theirs)
@@ -824,7 +825,7 @@ def test_nested_models_in_low_precision(method: str, policy: str) -> None:
     model = convert(stock, method)
     assert np.array_equal(model(X), stock(X))
     assert np.array_equal(model(X, training=True), stock(X, training=True))
-    model.compile("sgd", "mse")
+    model.compile("sgd", "mse", run_eagerly=True)
     model.fit(X, Y, verbose=0)
     assert all(np.isfinite(w).all() for w in model.get_weights())
 
@@ -852,7 +853,7 @@ def test_several_inputs_and_outputs_of_nested_models(method: str) -> None:
     model = convert(stock, method)
     assert np.array_equal(model(x), stock(x))
     assert len(model.trainable_weights) == len(stock.trainable_weights)
-    model.compile("sgd", "mse")
+    model.compile("sgd", "mse", run_eagerly=True)
     model.fit(x, Y, verbose=0)
     with pytest.raises(ValueError, match=r"'two', which is not one of them"):
         convert(stock, "dfa", taps="two")  # it has two outputs
@@ -922,9 +923,10 @@ def test_a_compiled_nested_model_stays_compiled() -> None:
 # Refusals --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", CHAINED)
 @pytest.mark.parametrize(
-    "arguments", [{"taps": ["h1"]}, {"taps": []}, {"error_from": "h2"}]
+    ("method", "arguments"),
+    [(method, {"taps": ["h1"]}) for method in CHAINED]
+    + [("fa", {"taps": []}), ("dense_fa", {"error_from": "h2"})],
 )
 def test_other_methods_take_no_taps(method: str, arguments: dict) -> None:
     with pytest.raises(ValueError, match=rf"those of DFA.*'{method}'") as one:

@@ -43,8 +43,11 @@ def network() -> keras.Model:
     )
 
 
-def train(model: keras.Model, steps: int = 3) -> keras.Model:
-    model.compile(keras.optimizers.AdamW(0.05, weight_decay=0.1), "mse")
+def train(
+    model: keras.Model, steps: int = 2, run_eagerly: bool = True
+) -> keras.Model:
+    adam = keras.optimizers.AdamW(0.05, weight_decay=0.1)
+    model.compile(adam, "mse", run_eagerly=run_eagerly)
     model.fit(X, Y, batch_size=8, epochs=steps, shuffle=False, verbose=0)
     return model
 
@@ -333,7 +336,7 @@ def test_hidden_kernels_stay_and_the_rest_learns(tmp_path: Path) -> None:
     model = convert(network(), "frozen")
     assert frozen_in(model) == {"conv", "separable"}
     start = weights(model)
-    assert_frozen(train(model), start)
+    assert_frozen(train(model, run_eagerly=False), start)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert frozen_in(loaded) == {"conv", "separable"}
@@ -358,8 +361,16 @@ def test_the_rest_learns_as_under_backpropagation() -> None:
         references.assert_close(array(ours), array(theirs), 1e-4)
 
 
-@pytest.mark.parametrize("loaded", [False, True])
-@pytest.mark.parametrize("way", ["back", "fa", "frozen", "fa_usf_const_ei"])
+@pytest.mark.parametrize(
+    ("way", "loaded"),
+    [
+        ("back", False),
+        ("fa", True),
+        ("frozen", False),
+        ("frozen", True),
+        ("fa_usf_const_ei", False),
+    ],
+)
 def test_flags_are_back_under_another_method(
     way: str, loaded: bool, tmp_path: Path
 ) -> None:
@@ -465,12 +476,12 @@ def test_frozen_by_hand() -> None:
 
 
 @backends.requires_tensorflow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["brsf", "frozen"])
 def test_on_two_replicas(strategy: Any, method: str) -> None:
     with strategy.scope():
         model = convert(network(), method)
         start = weights(model)
-        train(model, 1)
+        train(model, 1, run_eagerly=False)
     if method == "frozen":
         assert_frozen(model, start)
     after = weights(model)

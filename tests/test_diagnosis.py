@@ -56,6 +56,19 @@ def network(**readout) -> keras.Model:
     )
 
 
+def small() -> keras.Model:
+    """Three of its layers with kernels."""
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 2)),
+            layers.Conv2D(4, 3, strides=3, activation="relu", name="conv"),
+            layers.Flatten(name="flatten"),
+            layers.Dense(8, activation="tanh", name="hidden"),
+            layers.Dense(4, activation="softmax", name="readout"),
+        ]
+    )
+
+
 def found(diagnosis: Diagnosis) -> dict[str, list[str]]:
     """What was found of each kernel, by the keys of `WORDS`."""
     return {
@@ -171,7 +184,7 @@ def test_nothing_is_found_and_nothing_moves(method: str) -> None:
     assert (hidden.gradient_angle < 0.1) == exact
     same = hidden.error_rank == pytest.approx(hidden.backprop_error_rank)
     assert same == exact
-    model.compile("sgd", LOSS)  # and it trains on
+    model.compile("sgd", LOSS, run_eagerly=True)  # and it trains on
     assert np.isfinite(model.train_on_batch(X, Y))
 
 
@@ -230,7 +243,7 @@ def test_what_alignment_refuses_is_refused() -> None:
 
 
 def test_b_is_w() -> None:
-    model = convert(network(), "fa")
+    model = convert(small(), "fa")
     layer = model.get_layer("hidden")
     layer.feedback_kernel.assign(layer.kernel)
     assert found(diagnose(model, X, Y, LOSS)) == {"hidden": ["tied"]}
@@ -274,7 +287,7 @@ def test_signs_that_do_not_follow() -> None:
 
 
 def test_trained_feedback_that_has_not_moved() -> None:
-    model = convert(network(), "fa")
+    model = convert(small(), "fa")
     model.compile("adam", LOSS)
     hidden, conv = (model.get_layer(name) for name in ("hidden", "conv"))
     for layer in (hidden, conv):  # no gradient arrives there in FA
@@ -296,7 +309,7 @@ def test_trained_feedback_that_has_not_moved() -> None:
 
 
 def test_the_monitor_looks_back_to_the_start() -> None:
-    model = convert(network(), "fa")
+    model = convert(small(), "fa")
     model.compile("sgd", LOSS)
     hidden = model.get_layer("hidden")
     monitor = AlignmentMonitor(probe=(X, Y))
@@ -318,7 +331,7 @@ def test_activity_that_explodes() -> None:
 
 
 def test_activity_that_is_not_finite() -> None:
-    model = convert(network(), "bp")
+    model = convert(small(), "bp")
     layer = model.get_layer("hidden")
     layer.kernel.assign(np.inf * np.ones(layer.kernel.shape))
     assert "not finite" in found(diagnose(model, X, Y, LOSS))["hidden"]
@@ -337,26 +350,26 @@ def test_gradients_that_vanish() -> None:
 
 
 def test_gradients_that_are_too_small_have_no_angle() -> None:
-    def small(y, output):
+    def tiny(y, output):
         return 1e-10 * keras.losses.sparse_categorical_crossentropy(y, output)
 
-    model = convert(network(), "fa")
-    diagnosis = diagnose(model, X, Y, small)
+    model = convert(small(), "fa")
+    diagnosis = diagnose(model, X, Y, tiny)
     assert found(diagnosis) == {n: ["vanishes"] for n in diagnosis.layers}
     for row in diagnosis.layers.values():
         assert 0 < row.gradient_norm < 1e-7
         assert np.isnan(row.gradient_angle)
-    measures = alignment(model, X, Y, small)["conv"]
+    measures = alignment(model, X, Y, tiny)["conv"]
     assert np.isnan(measures["gradient_angle"])
     assert measures["angle"] > 0
-    monitor = AlignmentMonitor(probe=(X, Y), loss=small)
+    monitor = AlignmentMonitor(probe=(X, Y), loss=tiny)
     model.compile("sgd", LOSS)
     model.fit(X, Y, verbose=0, callbacks=[monitor])
     assert np.isnan(monitor.history[0]["alignment/gradient_angle/conv"])
 
 
 def test_feedback_that_carries_no_error() -> None:
-    model = convert(network(), "fa")
+    model = convert(small(), "fa")
     readout = model.get_layer("readout")
     readout.feedback_kernel.assign(0.0 * readout.feedback_kernel)
     names = found(diagnose(model, X, Y, LOSS))
@@ -420,7 +433,7 @@ def test_text() -> None:
 @backends.requires_tensorflow
 def test_under_two_replicas(strategy) -> None:
     with strategy.scope():
-        model = convert(network(), "fa")
+        model = convert(small(), "fa")
         model.compile("sgd", LOSS)
     monitor = AlignmentMonitor(probe=(X, Y))
     model.fit(X, Y, batch_size=16, verbose=0, callbacks=[monitor])

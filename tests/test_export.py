@@ -62,6 +62,7 @@ def served(model: keras.Model, folder: Path, x: np.ndarray) -> Any:
     return array(loaded.serve(x))
 
 
+@pytest.mark.slow  # some of the kinds are exported in test_conversion
 @pytest.mark.filterwarnings("ignore:KolenPollack aligns B with W only where")
 def test_all_kinds(tmp_path: Path) -> None:
     model = convert(of_all_kinds(), "kolen_pollack")

@@ -54,7 +54,7 @@ OURS = {
 X = np.random.default_rng(0).normal(size=(16, 12)).astype("float32")
 
 
-def trained(method: str, steps: int = 12) -> tuple[np.ndarray, layers.Layer]:
+def trained(method: str, steps: int = 4) -> tuple[np.ndarray, layers.Layer]:
     """A hidden kernel at the start, and its layer after some steps."""
     stock = keras.Sequential(
         [
@@ -66,11 +66,11 @@ def trained(method: str, steps: int = 12) -> tuple[np.ndarray, layers.Layer]:
     model = convert(stock, method)
     start = np.array(model.get_layer("hidden").kernel)
     loss = references.loss_of(method)
-    model.compile(keras.optimizers.Adam(0.05), loss, run_eagerly=True)
+    model.compile(keras.optimizers.Adam(0.15), loss, run_eagerly=True)
     model.fit(
-        X,
-        X[:, :4] ** 2,
-        epochs=steps,
+        np.tile(X, (steps, 1)),
+        np.tile(X[:, :4] ** 2, (steps, 1)),
+        batch_size=len(X),
         verbose=0,
         callbacks=METHODS[method].callbacks(),
     )

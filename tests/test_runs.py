@@ -199,6 +199,7 @@ def test_terminated_run_goes_on(moments, whole, tmp_path, monkeypatch, capfd):
     assert "lengths" not in results[0]
 
 
+@pytest.mark.slow  # test_train compares such a run, which is not stopped
 def test_steps_of_one_execution_are_one(tmp_path, monkeypatch, capfd):
     five = ("--steps_per_execution=5", "--epochs=2")
     assert begin(tmp_path / "a", *five) == 0

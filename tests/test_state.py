@@ -45,9 +45,11 @@ def network() -> keras.Model:
     )
 
 
-def train(model: keras.Model, steps: int = 6) -> None:
+def train(
+    model: keras.Model, steps: int = 6, run_eagerly: bool = False
+) -> None:
     """Updates that make weights cross zero and change norms."""
-    model.compile(keras.optimizers.SGD(0.3), "mse")
+    model.compile(keras.optimizers.SGD(0.3), "mse", run_eagerly=run_eagerly)
     for step in range(steps):
         batch = slice(8 * (step % 4), 8 * (step % 4) + 8)
         model.train_on_batch(X[batch], Y[batch])
@@ -116,37 +118,45 @@ def by_convert(model: keras.Model, method: str, folder: Path) -> keras.Model:
 # Those that tell a layer, and those that assign its weights one by one.
 TELLING = [by_file, by_weights_file, by_pickle, by_convert]
 ASSIGNING = [by_legacy_file, by_weights, by_clone, by_state_tree]
-
-
-def assert_goes_on(model: keras.Model, other: keras.Model) -> None:
-    """Both are trained on, and stay equal."""
-    for ours, theirs in zip(feedback_layers(other), feedback_layers(model)):
-        for got, wanted in zip(
-            references.effective_of(ours), references.effective_of(theirs)
-        ):
-            references.assert_close(got, wanted)
-    for each in (model, other):
-        train(each)
-    for ours, theirs in zip(other.trainable_weights, model.trainable_weights):
-        references.assert_close(array(ours), array(theirs), 1e-4)
+WAYS = [*TELLING, by_checkpoint, *ASSIGNING]
+# A way knows variables, and not what they are for: what a constraint, a layer
+# and a map of a model keep goes each way, the rest one of each sort.
+EVERY_WAY = "fa_usf_const_ei", "direct_kolen_pollack"
+SOME = [by_file, by_convert, by_weights]
 
 
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5")
 @pytest.mark.parametrize("method", references.KEEPING)
-@pytest.mark.parametrize("way", [*TELLING, by_checkpoint, *ASSIGNING])
-def test_training_goes_on(way: Callable, method: str, tmp_path: Path) -> None:
-    if way is by_checkpoint and not ON_TENSORFLOW:
-        pytest.skip("TensorFlow's own")
-    if way is by_convert and METHODS[method].wiring != "chain":
-        method = "fa_usf_init"
+def test_training_goes_on(method: str, tmp_path: Path) -> None:
+    """Trained on, a model and what any way makes of it stay equal."""
     model = convert(network(), method)
     train(model)
     if "_ei" in method:  # some have stopped at zero
         assert not np.all(model.get_layer("readout").kernel)
-    other = way(model, method, tmp_path)
-    if way in ASSIGNING and ON_JAX:
-        keras_fa.refresh(other)
-    assert_goes_on(model, other)
+    others = {}
+    for way in WAYS if method in EVERY_WAY else SOME:
+        if way is by_checkpoint and not ON_TENSORFLOW:
+            continue  # TensorFlow's own
+        if way is by_convert and METHODS[method].wiring != "chain":
+            continue  # its maps are in test_conversion
+        folder = tmp_path / way.__name__
+        folder.mkdir()
+        others[way.__name__] = other = way(model, method, folder)
+        if way in ASSIGNING and ON_JAX:
+            keras_fa.refresh(other)
+        for ours, theirs in zip(feedback_layers(other), feedback_layers(model)):
+            for got, wanted in zip(
+                references.effective_of(ours), references.effective_of(theirs)
+            ):
+                references.assert_close(got, wanted)
+    train(model, 3, run_eagerly=ON_TENSORFLOW)
+    for name, other in others.items():
+        # Traced once, for the time that it takes.
+        train(other, 3, run_eagerly=ON_TENSORFLOW and name != "by_file")
+        for ours, theirs in zip(
+            other.trainable_weights, model.trainable_weights
+        ):
+            references.assert_close(array(ours), array(theirs), 1e-4)
 
 
 @pytest.mark.skipif(not ON_JAX, reason="JAX's own: constants of a step")
@@ -291,7 +301,7 @@ def test_no_layer_takes_the_weights_of_another(
 
 def auto_named(order: str) -> keras.Model:
     """A net whose layers are named in the order of their making."""
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)
     made = {name: layers.Dense(4) for name in order}
     inputs = keras.Input((4,))
     return keras.Model(inputs, made["b"](made["a"](inputs)))

@@ -107,11 +107,15 @@ def network():
 
 @pytest.fixture(scope="module")
 def alone(network, tmp_path_factory):
-    """Runs on one device."""
+    """The folder of a method's run on one device, which is made once."""
     runs_dir = tmp_path_factory.mktemp("alone")
-    for method in METHODS:
-        assert begin(runs_dir, method) == 0
-    return runs_dir
+
+    def folder(method):
+        if not folder_of(runs_dir, method).exists():
+            assert begin(runs_dir, method) == 0
+        return folder_of(runs_dir, method)
+
+    return folder
 
 
 @pytest.fixture
@@ -137,7 +141,7 @@ def mirrored(strategy, network, monkeypatch):
 def test_two_replicas_equal_one_device(method, mirrored, alone, tmp_path):
     arguments = ["--strategy=mirrored", "--steps_per_execution=2"]
     assert begin(tmp_path, method, *arguments) == 0
-    assert_close(folder_of(tmp_path, method), folder_of(alone, method))
+    assert_close(folder_of(tmp_path, method), alone(method))
     saved = keras.saving.load_model(folder_of(tmp_path, method) / "model.keras")
     assert type(saved).__name__ == "Functional"
 
@@ -157,9 +161,7 @@ def test_replicas_are_stopped_and_go_on(
     assert "stopped in epoch 2, after step 4" in capfd.readouterr().out
     monkeypatch.setattr(writer.RunWriter, "on_train_batch_end", unpatched)
     assert begin(tmp_path, "fa_usf_sn", *arguments) == 0
-    assert_close(
-        folder_of(tmp_path, "fa_usf_sn"), folder_of(alone, "fa_usf_sn")
-    )
+    assert_close(folder_of(tmp_path, "fa_usf_sn"), alone("fa_usf_sn"))
 
 
 @pytest.mark.slow
@@ -294,9 +296,7 @@ def test_two_workers_equal_one_device(alone, tmp_path):
     assert "Test error" in chief[1]
     assert "Test error" not in other[1]
     for method in METHODS:
-        assert_close(
-            folder_of(tmp_path / "0", method), folder_of(alone, method)
-        )
+        assert_close(folder_of(tmp_path / "0", method), alone(method))
     assert not (tmp_path / "1").exists()  # the chief alone writes
 
 
@@ -334,9 +334,7 @@ def test_workers_are_stopped_and_go_on(alone, tmp_path):
     for status, output, errors in ended(start_workers(*arguments)):
         assert (status, errors) == (0, "")
         assert "1 of 2 epochs are trained, and 4 of 10 steps" in output
-    assert_close(
-        folder_of(tmp_path / "0", "fa_usf_sn"), folder_of(alone, "fa_usf_sn")
-    )
+    assert_close(folder_of(tmp_path / "0", "fa_usf_sn"), alone("fa_usf_sn"))
 
 
 def test_workers_with_different_flags(tmp_path, monkeypatch, capfd):

@@ -156,7 +156,7 @@ def test_main_job(tmp_path):
     done = in_new_process(
         "train/main.py",
         "--flagfile=digits_usf.flags",
-        "--epochs=10",  # a third of its length
+        "--epochs=5",  # a sixth of its length
         f"--runs_dir={tmp_path}",
     )
     assert done.returncode == 0, done.stderr
@@ -649,7 +649,11 @@ def test_batch_that_replicas_cannot_share(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("backend", "program"), [("numpy", "main.py"), ("nonsense", "report.py")]
+    ("backend", "program"),
+    [
+        pytest.param("numpy", "main.py", marks=pytest.mark.slow),
+        ("nonsense", "report.py"),
+    ],
 )
 def test_other_backends(backend, program, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", backend)
@@ -903,6 +907,7 @@ def mnist_file(folder, **changes):
     return arrays
 
 
+@pytest.mark.usefixtures("small_mnist")
 def test_file_of_arrays(train, tmp_path, monkeypatch):
     arrays = mnist_file(tmp_path)
     without(monkeypatch, "tensorflow_datasets")
@@ -973,6 +978,19 @@ def test_without_tensorflow_datasets(train, tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def small_mnist(monkeypatch):
+    """A network of a few weights in the place of MNIST's millions."""
+
+    def network(x, classes):
+        x = keras.layers.Conv2D(2, 5, 3, activation="relu", name="conv")(x)
+        x = keras.layers.Flatten(name="flatten")(x)
+        return keras.layers.Dense(classes, dtype="float32", name="fc")(x)
+
+    small = networks.NETWORKS["mnist"]._replace(logits=network)
+    monkeypatch.setitem(networks.NETWORKS, "mnist", small)
+
+
+@pytest.fixture
 def tfds_folder(tmp_path, capfd):
     """MNIST in the format that TFDS downloads to, but small."""
     import tensorflow_datasets as tfds
@@ -1014,6 +1032,7 @@ def tfds_folder(tmp_path, capfd):
 
 
 @requires_tfds
+@pytest.mark.usefixtures("small_mnist")
 def test_tensorflow_datasets(train, tmp_path, tfds_folder):
     splits = splits_of("mnist", str(tfds_folder))
     assert [len(split.labels) for split in splits] == [180, 20, 40]

@@ -665,7 +665,7 @@ def test_dfa_taps(kind: str, form: str) -> None:
     No error may come from anywhere else: not over skips, not from above.
     """
     body, source, taps = NETS[kind]
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)  # names alone
     start = keras.Input((8, 8, 3))
     model = convert(keras.Model(start, body(start)), "dfa", feedback_maps=form)
     plain = to_backprop(model)
@@ -916,7 +916,8 @@ def test_maps_differ_and_stay(method: str) -> None:
         for other in before[:index]:
             assert _correlation(one, other) < 0.8
     assert not any(matrix.trainable for matrix in found)
-    model.compile(keras.optimizers.AdamW(0.1, weight_decay=0.5), "mse")
+    optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.5)
+    model.compile(optimizer, "mse", run_eagerly=True)
     model.fit(X, X, verbose=0, callbacks=METHODS[method].callbacks())
     for one, other in zip(before, found):
         assert np.array_equal(one, other)
@@ -961,7 +962,9 @@ def test_mixed_precision_gradients(method: str, form: str) -> None:
         assert ours[name].dtype == "float32"
 
 
-@pytest.mark.parametrize(("method", "form"), FORMS)
+@pytest.mark.parametrize(
+    ("method", "form"), [("dfa", "convolutional"), ("dense_fa", "dense")]
+)
 def test_two_replicas_are_one_device(
     method: str, form: str, strategy: Any
 ) -> None:
@@ -1100,7 +1103,7 @@ def test_masks_and_activity_penalties_stay(method: str) -> None:
     losses = []
     converted = convert(stock, method)
     for model in (stock, converted, to_backprop(converted)):
-        model.compile("sgd", "mse")
+        model.compile("sgd", "mse", run_eagerly=True)
         losses.append(model.evaluate(x, y, verbose=0))
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
 
@@ -1266,7 +1269,8 @@ def test_any_graph_is_wired(build: Callable, method: str) -> None:
     for each in (model, to_backprop(model)):
         np.testing.assert_allclose(each(x), stock(x), rtol=0, atol=tolerance)
     assert _all_maps(model) or method == "dense_fa"  # two layers, no more
-    model.compile(keras.optimizers.SGD(0.1), "mse")
+    eagerly = backends.ON_TENSORFLOW  # where a step takes longer to trace
+    model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=eagerly)
     model.fit(x, np.ones(stock(x).shape), verbose=0)
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
     assert not np.array_equal(model(x), stock(x))
