@@ -125,7 +125,6 @@ def pytest_configure() -> None:
     import tensorflow as tf
 
     _optimize_graphs(False)
-    _trace_once()
 
     # Before TensorFlow touches its devices.
     tf.config.set_logical_device_configuration(
@@ -140,25 +139,6 @@ def _optimize_graphs(on: bool) -> None:
     tf.config.optimizer.set_experimental_options(
         {"disable_meta_optimizer": not on}
     )
-
-
-def _trace_once() -> None:
-    """Optimizers make their variables before their first step is traced.
-
-    Where a step makes variables, TensorFlow traces it twice, and that is most
-    of what such a test costs. Programs in processes of their own go without.
-    """
-    unpatched = keras.Model.make_train_function
-
-    def built(self: keras.Model, force: bool = False) -> Any:
-        optimizer = self.optimizer
-        lazy = optimizer is not None and not optimizer.built
-        alone = self._distribute_strategy is None  # else Keras does it itself
-        if self.built and lazy and alone and not self.run_eagerly:
-            optimizer.build(self.trainable_variables)
-        return unpatched(self, force)
-
-    keras.Model.make_train_function = built
 
 
 @pytest.fixture(scope="module")

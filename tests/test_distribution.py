@@ -10,7 +10,7 @@ import forks
 import keras
 import main
 import pytest
-from backends import ON_TENSORFLOW
+from backends import ON_JAX
 from test_strategies import COMMON
 from test_strategies import WORKER
 from test_strategies import assert_close
@@ -23,7 +23,7 @@ from experiment import devices
 from experiment.errors import UserError
 
 pytestmark = pytest.mark.skipif(
-    ON_TENSORFLOW, reason="tf.distribute is tested in test_strategies.py"
+    not ON_JAX, reason="keras.distribution is JAX's; see test_strategies.py"
 )
 METHODS = (
     "fa_usf_sn",

@@ -9,6 +9,7 @@ import pytest
 import references
 from backends import array
 from keras import layers
+from keras import ops
 
 import keras_fa
 from keras_fa import convert
@@ -39,13 +40,13 @@ def gradients(model: keras.Model, x: np.ndarray, compiled: bool) -> list:
     def run(x: Any) -> tuple:
         def weighted(x: Any) -> Any:
             y = model(x)
-            return y * references.normal(y.shape, 3)
+            return y * ops.convert_to_tensor(references.normal(y.shape, 3))
 
         return backends.vjp(model, weighted, [x], None, variables)
 
     if compiled:
         run = backends.compiled(run, model.variables)
-    _, (dx,), rest = run(keras.ops.convert_to_tensor(x))
+    _, (dx,), rest = run(ops.convert_to_tensor(x))
     return [array(value) for value in (dx, *rest)]
 
 

@@ -202,6 +202,8 @@ def compile_model(
         jit_compile=config.jit_compile,
         steps_per_execution=config.steps_per_execution,
     )
+    # Else the first step makes its variables, and TensorFlow traces it twice.
+    model.optimizer.build(model.trainable_variables)
 
 
 def metrics_of(config: SimpleNamespace) -> list[str]:
