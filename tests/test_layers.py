@@ -169,11 +169,14 @@ def test_other_precisions(dtype: str) -> None:
     references.assert_gradients(got, wanted, tolerance)
 
 
-def constrained_model() -> keras.Model:
+def constrained_model(silent_zeros: bool = False) -> keras.Model:
     """A small net under E/I and Const., uSF feedback."""
     arguments = {
         "feedback_constraint": "sign_concordance",
-        "kernel_constraint": ["fixed_sign", "constant_norm"],
+        "kernel_constraint": [
+            FixedSign(silent_zeros=silent_zeros),
+            "constant_norm",
+        ],
     }
     model = keras.Sequential(
         [

@@ -73,12 +73,15 @@ def test_two_replicas_equal_one_device(
     references.assert_close(joined.y, wanted.y)
 
 
+@pytest.mark.parametrize("silent_zeros", [False, True])
 def test_training_on_two_replicas_equals_one_device(
-    strategy: tf.distribute.Strategy,
+    strategy: tf.distribute.Strategy, silent_zeros: bool
 ) -> None:
-    alone = constrained_model()
+    alone = constrained_model(silent_zeros)
     with strategy.scope():
-        model = constrained_model()
+        model = constrained_model(silent_zeros)
+    small = alone.layers[-1].kernel
+    small.assign(0.1 * small)  # so that some stop at zero
     model.set_weights(alone.get_weights())
     keras_fa.refresh(model)
     keras_fa.refresh(alone)
@@ -89,13 +92,14 @@ def test_training_on_two_replicas_equals_one_device(
         references.assert_close(
             references.array(ours), references.array(theirs)
         )
-    effective = references.effective_of(model.layers[-1])
-    assert np.array_equal(
-        effective[0] > 0,
-        references.array(
-            model.layers[-1].kernel.constraint.state["excitatory"]
-        ),
-    )
+    readout = model.layers[-1]
+    signs = np.where(readout.kernel.constraint.state["excitatory"], 1, -1)
+    stopped = references.array(readout.kernel) == 0
+    assert stopped.any()
+    if silent_zeros:
+        signs[stopped] = 0
+    (effective,) = references.effective_of(readout)
+    assert np.array_equal(np.sign(effective), signs)
 
 
 # Graphs.
