@@ -306,7 +306,6 @@ def subclassed() -> keras.Model:
         (lambda: task().backbone, "fa", "file"),
         (lambda: task().backbone, "dfa", "file"),
         (subclassed, "fa_usf_const_ei", "file"),
-        (subclassed, "fa", "pickle"),
         (task, "fa_usf_sn", "file"),
         (task, "fa_usf_const_ei", "pickle"),
     ],
