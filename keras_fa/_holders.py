@@ -33,7 +33,7 @@ class Holder:
         held = [
             {"place": place, "layer": _config_of(layer)}
             for place, layer in _members(self)
-            if isinstance(layer, FeedbackArguments)
+            if _is_fa(layer)
         ]
         config = _cloning.own_config(self)
         return {**config, _KEY: {"stock": stock, "held": held}}
@@ -58,12 +58,10 @@ class Holder:
                 )
             new[old] = layer
         if _cloning.is_graph(stock):
-            stock, clones = _cloning.rebuild_all(stock, new.get)
-            for layer in clones.values():
-                remember(layer)
+            stock, _ = _cloning.rebuild_all(stock, new.get)
         else:
             _cloning.remake_held(stock, new.get)
-            remember(stock)
+        remember(stock)
         return stock
 
     def __reduce__(self) -> tuple:
@@ -75,20 +73,27 @@ class Holder:
 
 
 def remember(layer: keras.Operation) -> None:
-    """Has a layer or model tell in its config which FA layers it holds."""
-    if (
-        isinstance(layer, keras.layers.Layer)
-        and not isinstance(layer, (FeedbackArguments, Holder))
-        and _cloning.makes_layers(layer)
-        and feedback_layers(layer)
-    ):
-        _cloning.become(_holding(type(layer)), layer)
+    """Has a layer or model, and all in it, tell which FA layers it holds."""
+    if not isinstance(layer, keras.layers.Layer):
+        return
+    for holder in _cloning.reached(layer, _is_fa):
+        if (
+            not (_is_fa(holder) or isinstance(holder, Holder))
+            and _cloning.makes_layers(holder)
+            and feedback_layers(holder)
+        ):
+            _cloning.become(_holding(type(holder)), holder)
 
 
 def forget(layer: keras.layers.Layer) -> None:
-    """Gives a layer or model its own class back."""
-    if isinstance(layer, Holder):
-        _cloning.become(_cloning.class_of(layer), layer)
+    """Gives a layer or model, and all in it, their own classes back."""
+    for holder in _cloning.reached(layer, _is_fa):
+        if isinstance(holder, Holder):
+            _cloning.become(_cloning.class_of(holder), holder)
+
+
+def _is_fa(layer: keras.layers.Layer) -> bool:
+    return isinstance(layer, FeedbackArguments)
 
 
 @functools.cache
@@ -157,5 +162,5 @@ def _members(
             if isinstance(layer, keras.layers.Layer) and layer not in seen:
                 seen.add(layer)
                 yield [*place, i], layer
-                if not isinstance(layer, FeedbackArguments):
+                if not _is_fa(layer):
                     left.append(([*place, i], layer))

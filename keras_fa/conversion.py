@@ -258,7 +258,7 @@ def convert(
     for layer, new in clones.items():
         if type(layer) not in _COUNTERPART and new not in left:
             _convert_held(new, method, others, skip, layer in hidden)
-        _holders.remember(new)
+    _holders.remember(converted)
     _name_peers(clones)
     _settle(converted, stocks, clones)
     if _learns(stock) and not _learns(converted):

@@ -345,6 +345,23 @@ def test_what_constructors_make_is_saved_as_it_is(
     assert "keras_fa" not in str(config)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have a `build")
+def test_parts_of_a_model_tell_what_they_hold() -> None:
+    """A block in one of Keras's wrappers, and one that is used by itself."""
+    start = keras.Input((2, 5), dtype="int32")
+    x = layers.Embedding(9, 4)(start)
+    wrapped = layers.TimeDistributed(TransformerBlock(4), name="each")(x)
+    model = convert(keras.Model(start, wrapped), "fa")
+    inner = model.get_layer("each").layer
+    alone = keras.Sequential([keras.Input((5, 4)), inner])
+    for each in (model, alone):
+        again = keras.models.clone_model(each)
+        assert len(feedback_layers(again)) == len(feedback_layers(each)) == 6
+    for part in (to_backprop(model).get_layer("each").layer, inner):
+        told = "keras_fa" in str(keras.saving.serialize_keras_object(part))
+        assert told is (part is inner)
+
+
 def test_a_functional_model_of_an_own_class_stays_one() -> None:
     stock = task()
     stock.compile("sgd", "mse")
