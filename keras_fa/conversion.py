@@ -294,6 +294,12 @@ def _settle(
 ) -> None:
     """Brings what FA layers keep in line with the weights that they got."""
     for layer in feedback_layers(model):
+        if not layer.built:
+            raise ValueError(
+                f"Layer '{layer.name}' ({type(layer).__name__}) is built by "
+                "nothing but a call on data. Give the class that holds it a "
+                "`build` that builds it."
+            )
         layer.restart()  # of the weights that were copied
     _carry_feedback(stocks, clones, model)
     _give_units_signs(model)

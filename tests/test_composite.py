@@ -345,21 +345,53 @@ def test_what_constructors_make_is_saved_as_it_is(
     assert "keras_fa" not in str(config)
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have a `build")
+@keras.saving.register_keras_serializable(package="tests")
+class Residual(layers.Layer):
+    """A block that says what its output is, as wrappers want it."""
+
+    def __init__(self, build: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.inner, self.builds = layers.Dense(4, name="inner"), build
+
+    def build(self, shape: tuple) -> None:
+        if self.builds:
+            self.inner.build(shape)
+
+    def call(self, x: Any) -> Any:
+        return x + self.inner(x)
+
+    def compute_output_shape(self, shape: tuple) -> tuple:
+        return shape
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "build": self.builds}
+
+
+def wrapped(block: layers.Layer) -> keras.Model:
+    start = keras.Input((3, 4))
+    model = keras.Model(
+        start, layers.TimeDistributed(block, name="each")(start)
+    )
+    model(np.ones((1, 3, 4)))
+    return model
+
+
 def test_parts_of_a_model_tell_what_they_hold() -> None:
     """A block in one of Keras's wrappers, and one that is used by itself."""
-    start = keras.Input((2, 5), dtype="int32")
-    x = layers.Embedding(9, 4)(start)
-    wrapped = layers.TimeDistributed(TransformerBlock(4), name="each")(x)
-    model = convert(keras.Model(start, wrapped), "fa")
-    inner = model.get_layer("each").layer
-    alone = keras.Sequential([keras.Input((5, 4)), inner])
+    model = convert(wrapped(Residual()), "fa")
+    block = model.get_layer("each").layer
+    alone = keras.Sequential([keras.Input((4,)), block])
     for each in (model, alone):
         again = keras.models.clone_model(each)
-        assert len(feedback_layers(again)) == len(feedback_layers(each)) == 6
-    for part in (to_backprop(model).get_layer("each").layer, inner):
+        assert len(feedback_layers(again)) == len(feedback_layers(each)) == 1
+    for part in (to_backprop(model).get_layer("each").layer, block):
         told = "keras_fa" in str(keras.saving.serialize_keras_object(part))
-        assert told is (part is inner)
+        assert told is (part is block)
+
+
+def test_a_block_that_nobody_builds() -> None:
+    with pytest.raises(ValueError, match=r"'inner' .* is built by nothing"):
+        convert(wrapped(Residual(build=False)), "fa")
 
 
 def test_a_functional_model_of_an_own_class_stays_one() -> None:
