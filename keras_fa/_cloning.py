@@ -8,8 +8,10 @@ models as they are, `flatten` takes them apart.
 
 import collections
 import contextlib
+import gc
 import inspect
 import tempfile
+import types
 import warnings
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -216,49 +218,77 @@ def _as_own(
         new = keras.tree.flatten(outputs)
         tensors.update(zip(map(id, node.outputs), new))
 
-    def copied(value: object) -> object:
-        if isinstance(value, keras.KerasTensor):
-            return tensors[id(value)]
-        if value is graph:
-            return own
-        if isinstance(value, keras.Operation):
-            if value in clones:
-                return clones[value]
-            if getattr(value, "weights", ()):
-                raise KeyError
-        if isinstance(value, keras.Variable):
-            raise KeyError
-        if isinstance(
-            value, (keras.metrics.Metric, keras.random.SeedGenerator)
-        ):
-            return type(value).from_config(value.get_config())
-        return value
-
     cls = class_of(graph)
     own = cls.__new__(cls)
     type(plain).__init__(own, plain.input, plain.output, name=graph.name)
+    layers = {id(old): new for old, new in clones.items()}
+    copies = {**tensors, **layers, id(graph): own}
+    olds, news = set(copies), set(map(id, copies.values()))
+
+    def copied(value: object) -> object:
+        if id(value) not in copies:
+            if isinstance(value, _STATEFUL):
+                copies[id(value)] = type(value).from_config(value.get_config())
+            elif isinstance(value, np.ndarray):
+                copies[id(value)] = value.copy()
+        return copies.get(id(value), value)
+
     # What a model has that is no attribute of its class.
     other = functional(graph)
     other.compile("sgd", "mse")
     usual = {*_attributes(own), *_attributes(other), "history"}
+    usual -= {"dtype_policy", "supports_jit", "_auto_config"}
     for name, value in _attributes(graph).items():
-        if name in usual and name not in ("dtype_policy", "_auto_config"):
+        if name in usual:
             continue
-        try:
-            new = mapped(value, copied)
-        except KeyError:
+        new = mapped(value, copied, always=True)
+        if _leads_to(new, olds - news, news):
             warnings.warn(
                 f"Model '{graph.name}' ({cls.__name__}) becomes a plain "
-                f"Functional one: its attribute '{name}' has weights or "
-                "tensors that are not part of its graph.",
+                f"Functional one: its attribute '{name}' has weights that are "
+                "not part of its graph, or has the graph's layers or tensors "
+                "in something other than a list, tuple, dict or set.",
                 stacklevel=2,
             )
             return plain
-        for kind in (list, dict, set):  # which the two are not to share
-            new = kind(new) if isinstance(new, kind) else new
         setattr(own, name, new)
     vars(own)[_OWN] = True
     return own
+
+
+# Kept by a model beside its layers, with a state that is not another model's.
+_STATEFUL = (
+    keras.metrics.Metric,
+    keras.optimizers.Optimizer,
+    keras.random.SeedGenerator,
+)
+_NO_LAYERS = (type, types.ModuleType, str, bytes, int, float, *_STATEFUL)
+
+
+def _leads_to(value: object, olds: set[int], news: set[int]) -> bool:
+    """Whether a value leads to what it should not.
+
+    Args:
+        value: Of an attribute.
+        olds: The ids of what it must not lead to.
+        news: The ids of layers that may have weights.
+    """
+    seen, left = set(news), [value]
+    while left:
+        one = left.pop()
+        if id(one) in seen or isinstance(one, _NO_LAYERS):
+            continue
+        seen.add(id(one))
+        if id(one) in olds or isinstance(one, (keras.Variable, keras.Function)):
+            return True
+        if isinstance(one, keras.Operation):
+            if getattr(one, "weights", ()):
+                return True
+        elif isinstance(one, types.FunctionType):  # but not its globals
+            left += [one.__closure__, one.__defaults__, one.__kwdefaults__]
+        else:
+            left += gc.get_referents(one)
+    return False
 
 
 def makes_layers(layer: keras.layers.Layer) -> bool:
@@ -629,19 +659,27 @@ def replace(holder: keras.layers.Layer, new: Clones) -> None:
                 setattr(holder, name, changed)
 
 
-def mapped(value: object, new: Callable[[object], object]) -> object:
-    """A value with `new` of all that is in it, in lists, tuples and dicts.
+def mapped(
+    value: object, new: Callable[[object], object], always: bool = False
+) -> object:
+    """A value with `new` of all that is in its lists, tuples, dicts and sets.
 
-    It is the value itself where `new` changes nothing.
+    It is the value itself where `new` changes nothing, unless `always` asks for
+    lists, dicts and sets of their own.
     """
     if isinstance(value, dict):
-        items = {key: mapped(item, new) for key, item in value.items()}
-        same = all(items[key] is item for key, item in value.items())
-        return value if same else items
+        items = {key: mapped(x, new, always) for key, x in value.items()}
+        same = all(items[key] is x for key, x in value.items())
+        return value if same and not always else items
+    if isinstance(value, (set, frozenset)):
+        items = {mapped(x, new, always) for x in value}
+        if items == value and not always:
+            return value
+        return frozenset(items) if isinstance(value, frozenset) else items
     if not isinstance(value, (tuple, list)):
         return new(value)
-    items = [mapped(item, new) for item in value]
-    if all(item is old for item, old in zip(items, value)):
+    items = [mapped(x, new, always) for x in value]
+    if all(x is old for x, old in zip(items, value)) and not always:
         return value
     if isinstance(value, list):
         return items

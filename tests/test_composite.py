@@ -1,5 +1,6 @@
 """Layers that hold layers, subclassed models, and models as Keras has them."""
 
+import collections
 import logging
 import pickle
 from typing import Any
@@ -268,6 +269,8 @@ class Task(keras.Model):
         self.backbone, self.head, self.units = backbone, [head], units
         self.features, self.calls = {"last": features}, []
         self.seen = keras.metrics.Mean(name="seen")
+        self.all_seen = [self.seen]
+        self.trained = {head}
 
     def preprocess(self, x: Any) -> Any:
         return x % 9
@@ -400,13 +403,14 @@ def test_a_functional_model_of_an_own_class_stays_one() -> None:
     model = convert(stock, "fa")
     assert isinstance(model, Task)
     assert model.units == 2
-    assert model.seen is not stock.seen
+    assert model.seen is model.all_seen[0] is not stock.seen
     np.testing.assert_array_equal(model.preprocess(TOKENS), TOKENS % 9)
     model.fit(TOKENS, TARGETS, verbose=0)
     assert model.calls
     assert not stock.calls
     # What it keeps are the new layers and tensors, and the old one's its own.
     assert model.head[0] is model.get_layer("readout")
+    assert model.trained == {model.head[0]}
     assert model.backbone is model.get_layer("backbone")
     last = keras.Model(model.inputs, model.features["last"])
     assert "hidden" in named_paths(last)
@@ -417,10 +421,24 @@ def test_a_functional_model_of_an_own_class_stays_one() -> None:
         assert not isinstance(convert(stock, "dfa"), Task)
 
 
-def test_a_class_that_cannot_be_kept_is_told() -> None:
-    stock = task()
+def with_layer(stock: keras.Model) -> None:
     stock.other = layers.Dense(2)
     stock.other.build((None, 3))
+
+
+def with_closure(stock: keras.Model) -> None:
+    readout = stock.get_layer("readout")
+    stock.other = lambda x: readout(x)
+
+
+def with_queue(stock: keras.Model) -> None:
+    stock.other = collections.deque([stock.get_layer("readout")])
+
+
+@pytest.mark.parametrize("add", [with_layer, with_closure, with_queue])
+def test_a_class_that_cannot_be_kept_is_told(add: Any) -> None:
+    stock = task()
+    add(stock)
     with pytest.warns(UserWarning, match="'other' has weights"):
         model = convert(stock, "fa")
     assert not isinstance(model, Task)
