@@ -8,12 +8,14 @@ models as they are, `flatten` takes them apart.
 
 import collections
 import contextlib
+import functools
 import gc
 import inspect
 import tempfile
 import types
 import warnings
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -131,6 +133,7 @@ def rebuild(
     call: Callable[..., object] | None = None,
     clones: Clones | None = None,
     own: bool = True,
+    keep: Collection[keras.Operation] = (),
 ) -> tuple[keras.Model, Clones]:
     """A copy of a model, with its state, that is made of other layers.
 
@@ -142,6 +145,7 @@ def rebuild(
         clones: New layers that there are already, by the old ones.
         own: Whether Functional models of a class with a constructor of its own
             stay such; else they become plain Functional.
+        keep: The old layers whose new ones keep the state that they have.
 
     Raises:
         ValueError: If a model would lose a `call` of its own, or the graph
@@ -179,7 +183,7 @@ def rebuild(
         return new
 
     clone(model)
-    _copy_state(dict(reversed(clones.items())))
+    _copy_state({o: n for o, n in reversed(clones.items()) if o not in keep})
     return clones[model], clones
 
 
@@ -233,21 +237,35 @@ def _as_own(
                 copies[id(value)] = value.copy()
         return copies.get(id(value), value)
 
-    # What a model has that is no attribute of its class.
-    other = functional(graph)
-    other.compile("sgd", "mse")
-    usual = {*_attributes(own), *_attributes(other), "history"}
-    usual -= {"dtype_policy", "supports_jit", "_auto_config"}
+    def foreign(one: object) -> bool:
+        weights = isinstance(one, keras.Operation) and bool(
+            getattr(one, "weights", ())
+        )
+        weights = weights or isinstance(one, (keras.Variable, keras.Function))
+        return id(one) not in news and (weights or id(one) in olds)
+
+    usual = {*_attributes(own), *_usual_attributes()}
+    usual -= {
+        "dtype_policy",
+        "supports_jit",
+        "supports_masking",
+        "_auto_config",
+    }
     for name, value in _attributes(graph).items():
         if name in usual:
             continue
-        new = mapped(value, copied, always=True)
-        if _leads_to(new, olds - news, news):
+        try:
+            new = mapped(value, copied, always=True)
+            lost = _leads_to(new, foreign)
+        except Exception:  # what it is by its config is its class's own affair
+            lost = True
+        if lost:
             warnings.warn(
                 f"Model '{graph.name}' ({cls.__name__}) becomes a plain "
-                f"Functional one: its attribute '{name}' has weights that are "
-                "not part of its graph, or has the graph's layers or tensors "
-                "in something other than a list, tuple, dict or set.",
+                f"Functional one: its attribute '{name}' cannot be copied, has "
+                "weights that are not part of its graph, or has the graph's "
+                "layers or tensors in something other than a list, tuple, dict "
+                "or set.",
                 stacklevel=2,
             )
             return plain
@@ -265,30 +283,32 @@ _STATEFUL = (
 _NO_LAYERS = (type, types.ModuleType, str, bytes, int, float, *_STATEFUL)
 
 
-def _leads_to(value: object, olds: set[int], news: set[int]) -> bool:
-    """Whether a value leads to what it should not.
+def _leads_to(value: object, wanted: Callable[[object], bool]) -> bool:
+    """Whether a value is, or leads to, what is wanted.
 
-    Args:
-        value: Of an attribute.
-        olds: The ids of what it must not lead to.
-        news: The ids of layers that may have weights.
+    Layers are not looked into, nor are the globals of functions.
     """
-    seen, left = set(news), [value]
+    seen, left = set(), [value]
     while left:
         one = left.pop()
         if id(one) in seen or isinstance(one, _NO_LAYERS):
             continue
         seen.add(id(one))
-        if id(one) in olds or isinstance(one, (keras.Variable, keras.Function)):
+        if wanted(one):
             return True
-        if isinstance(one, keras.Operation):
-            if getattr(one, "weights", ()):
-                return True
-        elif isinstance(one, types.FunctionType):  # but not its globals
+        if isinstance(one, types.FunctionType):
             left += [one.__closure__, one.__defaults__, one.__kwdefaults__]
-        else:
+        elif not isinstance(one, (keras.Operation, keras.Variable)):
             left += gc.get_referents(one)
     return False
+
+
+@functools.cache
+def _usual_attributes() -> set[str]:
+    """What layers and models have that is no attribute of their class."""
+    model = keras.Model()
+    model.compile("sgd", "mse")
+    return {*vars(keras.layers.Layer()), *vars(model), "history"}
 
 
 def makes_layers(layer: keras.layers.Layer) -> bool:
@@ -344,6 +364,7 @@ def reached(
 def remake_held(
     holder: keras.layers.Layer,
     make: Callable[[keras.layers.Layer], keras.layers.Layer | None],
+    keep: bool = False,
 ) -> Clones:
     """Replaces layers that a layer holds, however deep, in place.
 
@@ -351,9 +372,13 @@ def remake_held(
         holder: A layer or model.
         make: Gives the new layer for an old one; `None` to look into that,
             or itself to leave it as it is. Models that are graphs are rebuilt.
+        keep: Whether what `make` gives keeps the state that it has.
 
     Returns:
         The new layers by the old ones; they have their state.
+
+    Raises:
+        ValueError: If something of the holder would go on with an old layer.
     """
     clones, looked_into = {}, set()
 
@@ -365,7 +390,7 @@ def remake_held(
             if layer in clones:
                 continue
             if is_graph(layer):
-                _, inside = rebuild_all(layer, make, clones)
+                _, inside = rebuild_all(layer, make, clones, keep)
                 clones.update(inside)
                 continue
             new = make(layer)
@@ -377,28 +402,59 @@ def remake_held(
             clones[layer] = new
             if layer.built:
                 _build_as(layer, new)
-            _copy_state({layer: new})
+            if not keep:
+                _copy_state({layer: new})
 
     visit(holder)
     changed = {old: new for old, new in clones.items() if old is not new}
-    for outer in looked_into:  # all or none: `make` may raise
+    for outer in looked_into:  # all or none: `make` may raise, and this
+        _refuse_hidden(outer, changed)
+    for outer in looked_into:
         replace(outer, changed)
     return clones
+
+
+def _refuse_hidden(holder: keras.layers.Layer, changed: Clones) -> None:
+    """Refuses what would go on with old layers once these are replaced."""
+    if not makes_layers(holder):
+        return
+    olds = {id(o) for old in changed for o in (old, *old.weights)}
+    for name, value in _attributes(holder).items():
+        if name not in _usual_attributes() and _leads_to(
+            _replaced(value, changed, True), lambda one: id(one) in olds
+        ):
+            raise ValueError(
+                f"'{holder.name}' ({class_of(holder).__name__}) has a layer "
+                f"that is to be replaced, or its weight, in '{name}', in "
+                "something other than a list, tuple, dict or set. Write it so "
+                "that it looks the layer up in an attribute when it is called."
+            )
 
 
 def rebuild_all(
     model: keras.Model,
     make: Callable[[keras.layers.Layer], keras.layers.Layer | None],
     clones: Clones | None = None,
+    keep: bool = False,
 ) -> tuple[keras.Model, Clones]:
     """As `rebuild`, and in its layers `remake_held`."""
-    copy, clones = rebuild(
-        model, lambda layer: make(layer) or again(layer), clones=clones
-    )
+    made = set()
+
+    def made_or_again(layer: keras.Operation) -> keras.Operation:
+        new = make(layer)
+        if new is None:
+            return again(layer)
+        if keep:
+            made.add(layer)
+        return new
+
+    copy, clones = rebuild(model, made_or_again, clones=clones, keep=made)
     for old, layer in list(clones.items()):
         if isinstance(layer, keras.layers.Layer) and not is_graph(layer):
             olds = dict(zip(all_layers(layer), all_layers(old)))
-            remake_held(layer, lambda new, olds=olds: make(olds.get(new, new)))
+            remake_held(
+                layer, lambda new, olds=olds: make(olds.get(new, new)), keep
+            )
     return copy, clones
 
 
@@ -638,14 +694,9 @@ def replace(holder: keras.layers.Layer, new: Clones) -> None:
 
     Args:
         holder: A layer, built or not. What it holds as attributes, also in
-            lists, tuples and dicts, is replaced.
+            lists, tuples, dicts and sets, is replaced.
         new: The new layers by the old ones.
     """
-
-    def other(item: object) -> object:
-        layer = isinstance(item, keras.layers.Layer)
-        return new.get(item, item) if layer else item
-
     # Private, as in Keras's own `enable_lora`: a layer that is built takes no
     # new layers, and one that is overwritten stays among those of its holder.
     tracker, internal = holder._tracker, holder._layers
@@ -654,9 +705,17 @@ def replace(holder: keras.layers.Layer, new: Clones) -> None:
             tracker.replace_tracked_value("layers", old, layer)
     for name, value in list(vars(holder).items()):
         if value is not internal:
-            changed = mapped(value, other)
+            changed = _replaced(value, new)
             if changed is not value:
                 setattr(holder, name, changed)
+
+
+def _replaced(value: object, new: Clones, always: bool = False) -> object:
+    def other(item: object) -> object:
+        layer = isinstance(item, keras.layers.Layer)
+        return new.get(item, item) if layer else item
+
+    return mapped(value, other, always)
 
 
 def mapped(

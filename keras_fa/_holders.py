@@ -6,7 +6,9 @@ config what was, and puts that back when it is made of this config.
 """
 
 import functools
+import json
 import types
+import warnings
 from collections.abc import Iterator
 
 import keras
@@ -47,20 +49,23 @@ class Holder:
         )
         new = {}
         for entry in kept["held"]:
-            layer = keras.saving.deserialize_keras_object(entry["layer"])
             old = _at(stock, entry["place"])
+            layer = keras.saving.deserialize_keras_object(
+                _with_objects_of(old, entry["layer"])
+            )
             if not isinstance(old, (type(layer), layer.stock_class)):
                 raise ValueError(
                     f"'{stock.name}' ({type(stock).__name__}) was saved with "
                     f"'{layer.name}' ({type(layer).__name__}), and its class "
                     f"now has {old!r} there. Load it with the version of the "
-                    "class that it was saved with."
+                    "class that it was saved with, or, if layers in it are "
+                    "made by `build`, give it a `build` that builds these."
                 )
             new[old] = layer
         if _cloning.is_graph(stock):
-            stock, _ = _cloning.rebuild_all(stock, new.get)
+            stock, _ = _cloning.rebuild_all(stock, new.get, keep=True)
         else:
-            _cloning.remake_held(stock, new.get)
+            _cloning.remake_held(stock, new.get, keep=True)
         remember(stock)
         return stock
 
@@ -105,10 +110,20 @@ def _holding(cls: type) -> type:
         "__doc__": cls.__doc__,
         "held_class": cls,
     }
+    if hasattr(cls, "save_to_preset"):
+        names["save_to_preset"] = _refuse_preset
     return _register(
         types.new_class(
             cls.__name__, (Holder, cls), exec_body=lambda n: n.update(names)
         )
+    )
+
+
+def _refuse_preset(self: keras.Model, *args: object, **kwargs: object) -> None:
+    raise ValueError(
+        f"A preset of '{self.name}' would hold its FA layers, which no class "
+        "of KerasHub reads. Use `model.save(filepath)`, or "
+        "`to_backprop(model).save_to_preset(...)`."
     )
 
 
@@ -131,6 +146,29 @@ def _config_of(layer: keras.layers.Layer) -> dict[str, object]:
         "registered_name": keras.saving.get_registered_name(cls),
         "config": keras.saving.serialize_keras_object(layer.get_config()),
     }
+
+
+def _with_objects_of(old: object, saved: dict) -> dict[str, object]:
+    """What was saved of a layer, with its functions as a constructor gave them.
+
+    What equals the stock layer's is taken from that: a file brings no lambda.
+    """
+    if not isinstance(old, keras.layers.Layer):
+        return saved
+    with warnings.catch_warnings(action="ignore"):  # of lambdas that are unsafe
+        told = keras.saving.serialize_keras_object(_cloning.own_config(old))
+    given = _cloning.config_of(old)
+    config = {
+        name: given[name]
+        if name in told and _as_text(told[name]) == _as_text(value)
+        else value
+        for name, value in saved["config"].items()
+    }
+    return {**saved, "config": config}
+
+
+def _as_text(value: object) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _inner(holder: keras.layers.Layer) -> list[keras.Operation]:

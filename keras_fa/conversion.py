@@ -149,7 +149,8 @@ def convert(
         that are layers or tensors of the graph are those of the new one; a
         layer without weights outside of the graph (a preprocessor) is the
         same object. Such a class becomes plain Functional, with a warning,
-        where an attribute has weights that are not the graph's. If what it was
+        where an attribute has weights that are not the graph's, or leads to
+        its layers by a closure or an object. If what it was
         compiled with cannot be copied (a loss or metric that is a function of
         one's own), it is left uncompiled, with a warning.
 
@@ -165,9 +166,10 @@ def convert(
             make again, or one that is part of two others (two
             `TimeDistributed` of one layer), or if the graph uses a layer's
             weight by itself, or its class has a `call` of its own that the
-            copy would lose, or if a
-            name is unknown, if no kernel would learn (under "frozen", where
-            all are hidden), or if a method without direct errors is given
+            copy would lose, or a layer that holds others would go on with
+            the stock ones (by a closure), or if a name is unknown, if no
+            kernel would learn (under "frozen", where all are hidden), or if a
+            method without direct errors is given
             `feedback_maps`, or one other than DFA `taps` or `error_from`; if
             these name no layer that there is, one twice, or one that is not
             below the source or has no static shape, or if the model is

@@ -392,6 +392,51 @@ def test_parts_of_a_model_tell_what_they_hold() -> None:
         assert told is (part is block)
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class Calling(Residual):
+    """A block that calls its layer by a function of its own."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        inner = self.inner
+        self.function = lambda x: inner(x)
+
+
+def test_a_block_that_would_go_on_with_its_stock_layer() -> None:
+    with pytest.raises(ValueError, match=r"replaced, or its weight, in 'func"):
+        convert(wrapped(Calling()), "fa")
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class OwnActivation(Residual):
+    """A block with an activation that no file brings back."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.inner.activation = lambda x: x * x
+
+
+@pytest.mark.filterwarnings("ignore:.*includes a `lambda`")
+def test_functions_that_a_constructor_gives(tmp_path: Any) -> None:
+    model, x = convert(wrapped(OwnActivation()), "fa"), np.ones((1, 3, 4))
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(array(again(x)), array(model(x)))
+    assert np.abs(array(model(x)) - x).max() > 0
+
+
+def test_a_block_of_a_config_is_as_a_new_one() -> None:
+    """What its FA layers remember is of the weights that they have."""
+    model = convert(wrapped(Residual()), "fa_usf_const_ei")
+    again = keras.models.clone_model(model)
+    before = array(again.get_layer("each").layer.inner.kernel)
+    again.compile(keras.optimizers.SGD(1e-6), "mse")
+    again.fit(np.ones((4, 3, 4)), np.zeros((4, 3, 4)), verbose=0)
+    np.testing.assert_allclose(
+        array(again.get_layer("each").layer.inner.kernel), before, atol=1e-4
+    )
+
+
 def test_a_block_that_nobody_builds() -> None:
     with pytest.raises(ValueError, match=r"'inner' .* is built by nothing"):
         convert(wrapped(Residual(build=False)), "fa")
@@ -439,7 +484,7 @@ def with_queue(stock: keras.Model) -> None:
 def test_a_class_that_cannot_be_kept_is_told(add: Any) -> None:
     stock = task()
     add(stock)
-    with pytest.warns(UserWarning, match="'other' has weights"):
+    with pytest.warns(UserWarning, match="'other' cannot be copied"):
         model = convert(stock, "fa")
     assert not isinstance(model, Task)
     np.testing.assert_array_equal(array(model(TOKENS)), array(stock(TOKENS)))

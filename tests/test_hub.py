@@ -160,6 +160,18 @@ def test_tasks(
     )
 
 
+def test_presets(tmp_path: Any) -> None:
+    model = convert(image_classifier(), "fa")
+    with pytest.raises(ValueError, match="no class of KerasHub reads"):
+        model.save_to_preset(tmp_path / "preset")
+    to_backprop(model).save_to_preset(tmp_path / "preset")
+    again = hub.ImageClassifier.from_preset(str(tmp_path / "preset"))
+    raw = 255 * np.abs(IMAGES)
+    np.testing.assert_array_equal(
+        again.predict(raw, verbose=0), model.predict(raw, verbose=0)
+    )
+
+
 def test_feature_pyramids_are_those_of_the_new_layers() -> None:
     model = convert(resnet(), "fa")
     (level,) = model.pyramid_outputs.values()
