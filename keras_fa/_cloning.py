@@ -238,11 +238,9 @@ def _as_own(
         return copies.get(id(value), value)
 
     def foreign(one: object) -> bool:
-        weights = isinstance(one, keras.Operation) and bool(
-            getattr(one, "weights", ())
-        )
-        weights = weights or isinstance(one, (keras.Variable, keras.Function))
-        return id(one) not in news and (weights or id(one) in olds)
+        layer = isinstance(one, keras.layers.Layer) and one.weights
+        weights = layer or isinstance(one, (keras.Variable, keras.Function))
+        return id(one) not in news and bool(weights or id(one) in olds)
 
     usual = {*_attributes(own), *_usual_attributes()}
     usual -= {

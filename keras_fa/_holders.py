@@ -25,15 +25,20 @@ class Holder:
     """What the class of something that holds FA layers is derived from, too."""
 
     def get_config(self) -> dict[str, object]:
-        cls = _cloning.class_of(self)
         stock = {
-            "module": cls.__module__,
-            "class_name": cls.__name__,
-            "registered_name": keras.saving.get_registered_name(cls),
+            **_named(_cloning.class_of(self)),
             "build_config": self.get_build_config(),
         }
+        # Not by Keras's serialize, for which what comes twice is shared.
+        serialize = keras.saving.serialize_keras_object
         held = [
-            {"place": place, "layer": _config_of(layer)}
+            {
+                "place": place,
+                "layer": {
+                    **_named(type(layer)),
+                    "config": serialize(layer.get_config()),
+                },
+            }
             for place, layer in _members(self)
             if _is_fa(layer)
         ]
@@ -137,14 +142,12 @@ def _register(cls: type) -> type:
 _register(Holder)
 
 
-def _config_of(layer: keras.layers.Layer) -> dict[str, object]:
-    # Not by Keras's serialize, for which an object that comes twice is shared.
-    cls = type(layer)
+def _named(cls: type) -> dict[str, str]:
+    """How a serialised object names its class."""
     return {
         "module": cls.__module__,
         "class_name": cls.__name__,
         "registered_name": keras.saving.get_registered_name(cls),
-        "config": keras.saving.serialize_keras_object(layer.get_config()),
     }
 
 
@@ -175,11 +178,8 @@ def _inner(holder: keras.layers.Layer) -> list[keras.Operation]:
     """What a layer holds or a model calls, in the order of its making."""
     if isinstance(holder, keras.Sequential):
         return holder.layers
-    return (
-        holder.operations
-        if _cloning.is_graph(holder)
-        else _cloning.held(holder)
-    )
+    graph = _cloning.is_graph(holder)
+    return holder.operations if graph else _cloning.held(holder)
 
 
 def _at(holder: keras.layers.Layer, place: list[int]) -> object:

@@ -150,9 +150,9 @@ def convert(
         layer without weights outside of the graph (a preprocessor) is the
         same object. Such a class becomes plain Functional, with a warning,
         where an attribute has weights that are not the graph's, or leads to
-        its layers by a closure or an object. If what it was
-        compiled with cannot be copied (a loss or metric that is a function of
-        one's own), it is left uncompiled, with a warning.
+        its layers by a closure or an object. If what it was compiled with
+        cannot be copied (a loss or metric that is a function of one's own), it
+        is left uncompiled, with a warning.
 
     Blocks, tasks and subclassed models, whose constructors make their layers,
     are saved with what was made of these: a file of the new model loads as it

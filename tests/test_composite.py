@@ -271,6 +271,7 @@ class Task(keras.Model):
         self.seen = keras.metrics.Mean(name="seen")
         self.all_seen = [self.seen]
         self.trained = {head}
+        self.state = (keras.optimizers.SGD(), np.zeros(2))
 
     def preprocess(self, x: Any) -> Any:
         return x % 9
@@ -437,6 +438,16 @@ def test_a_block_of_a_config_is_as_a_new_one() -> None:
     )
 
 
+def test_a_block_of_a_config_is_as_frozen() -> None:
+    start = keras.Input((4,))
+    x = layers.Dense(2, name="readout")(Residual(name="block")(start))
+    model = convert(keras.Model(start, x), "frozen")
+    again = keras.models.clone_model(model)
+    names = [w.path for w in model.trainable_weights]
+    assert [w.path for w in again.trainable_weights] == names
+    assert "block/inner/kernel" not in names
+
+
 def test_a_block_that_nobody_builds() -> None:
     with pytest.raises(ValueError, match=r"'inner' .* is built by nothing"):
         convert(wrapped(Residual(build=False)), "fa")
@@ -449,6 +460,9 @@ def test_a_functional_model_of_an_own_class_stays_one() -> None:
     assert isinstance(model, Task)
     assert model.units == 2
     assert model.seen is model.all_seen[0] is not stock.seen
+    for ours, theirs in zip(model.state, stock.state, strict=True):
+        assert type(ours) is type(theirs)
+        assert ours is not theirs
     np.testing.assert_array_equal(model.preprocess(TOKENS), TOKENS % 9)
     model.fit(TOKENS, TARGETS, verbose=0)
     assert model.calls
