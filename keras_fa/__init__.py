@@ -12,6 +12,7 @@ from keras_fa import initializers
 from keras_fa import layers
 from keras_fa import learning
 from keras_fa import methods
+from keras_fa import optimizers
 from keras_fa import regularizers
 from keras_fa._summary import summary
 from keras_fa.conversion import convert
@@ -33,6 +34,7 @@ __all__ = [
     "learning",
     "load_stock_weights",
     "methods",
+    "optimizers",
     "refresh",
     "regularizers",
     "summary",

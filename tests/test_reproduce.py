@@ -730,7 +730,7 @@ def test_dropout():
     assert "dropout" not in [x.name for x in networks.build("mnist", 10).layers]
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "muon"])
 def test_weight_decay(optimizer):
     """Decoupled from the gradients, which are zero here; of kernels alone."""
     config = config_of(
@@ -751,6 +751,33 @@ def test_weight_decay(optimizer):
     for weight in weights:
         left = 1 - 0.1 * 0.5 if weight.name == "kernel" else 1.0
         assert np.allclose(array(weight), left), weight.path
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "wanted"),
+    [
+        ("digits", "kolen_pollack", {"fc2/kernel", "fc2/kernel_feedback"}),
+        ("digits_lstm", "fa", {"fc/kernel"}),
+    ],
+)
+def test_the_readout_takes_steps_of_adam(model, method, wanted):
+    """Its feedback, too, where it learns: else it would not follow."""
+    config = config_of(
+        "--optimizer=muon", f"--model={model}", f"--method={method}"
+    )
+    made = models.build(config)
+    models.compile_model(made, config, steps_per_epoch=5)
+    matrices = {
+        variable.path
+        for variable in made.trainable_variables
+        if not made.optimizer._should_use_adamw(variable)
+    }
+    kernels = {
+        variable.path
+        for variable in made.trainable_variables
+        if len(variable.shape) > 1
+    }
+    assert kernels - matrices == wanted
 
 
 def stored(model, name):

@@ -309,7 +309,7 @@ def test_same_seed_same_result_in_another_process(train, tmp_path):
         ),
         (
             "fa_usf_const_ei",
-            ["--optimizer=adamw", "--dtype_policy=mixed_float16"],
+            ["--optimizer=muon", "--dtype_policy=mixed_float16"],
         ),
     ],
 )

@@ -5,6 +5,7 @@ An optimiser is added as one entry of `OPTIMIZERS`.
 
 import dataclasses
 import math
+import re
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -30,21 +31,42 @@ ACCURACIES = {"accuracy": "error", "top5_accuracy": "top5_error"}
 
 
 class Optimizer(NamedTuple):
-    """An optimiser: what makes it, and its defaults."""
+    """An optimiser: what makes it, and its defaults.
+
+    Attributes:
+        make: A function of the model, a learning rate and a weight decay.
+        learning_rate: Default.
+        weight_decay: Default.
+    """
 
     make: Callable[..., keras.optimizers.Optimizer]
     learning_rate: float
     weight_decay: float = 0.0
 
 
-def _sgd(**options: object) -> keras.optimizers.Optimizer:
+def _adam(model: keras.Model, **options: object) -> keras.optimizers.Optimizer:
+    return keras.optimizers.Adam(**options)
+
+
+def _sgd(model: keras.Model, **options: object) -> keras.optimizers.Optimizer:
     return keras.optimizers.SGD(momentum=0.9, **options)
 
 
+def _muon(model: keras.Model, **options: object) -> keras.optimizers.Optimizer:
+    # Of the whole layer: feedback that learns takes its kernel's steps.
+    readout = [*named_paths(model).values()][-1].kernel.path.rpartition("/")[0]
+    return keras_fa.optimizers.Muon(
+        **options,
+        adam_weight_decay=options["weight_decay"],
+        exclude_layers=[f"^{re.escape(readout)}/"],
+    )
+
+
 OPTIMIZERS = {
-    "adam": Optimizer(keras.optimizers.Adam, 1e-3),
-    "adamw": Optimizer(keras.optimizers.Adam, 1e-3, 0.004),
+    "adam": Optimizer(_adam, 1e-3),
+    "adamw": Optimizer(_adam, 1e-3, 0.004),
     "sgd": Optimizer(_sgd, 0.05),
+    "muon": Optimizer(_muon, 1e-3),
 }
 
 
@@ -177,6 +199,7 @@ def compile_model(
 ) -> None:
     """Compiles a model with the optimiser, the loss and the metrics."""
     optimizer = OPTIMIZERS[config.optimizer].make(
+        model,
         learning_rate=learning_rate(config, steps_per_epoch),
         weight_decay=config.weight_decay or None,
     )

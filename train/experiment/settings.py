@@ -213,7 +213,9 @@ TABLE = (
         _RECIPE,
         OPTIMIZERS,
         Of(*_BY_DATASET, "optimizer"),
-        "Optimiser; sgd has momentum 0.9, adamw is adam with weight decay.",
+        "Optimiser; sgd has momentum 0.9, adamw is adam with weight decay, "
+        "muon takes orthogonal steps, and those of adam for the readout and "
+        "biases.",
     ),
     Setting(
         "learning_rate",
