@@ -614,6 +614,77 @@ def test_search(tmp_path, monkeypatch, capfd):
     assert f"{errors[best]:.2f} %" in written.read_text()
 
 
+@pytest.mark.usefixtures("forked")
+def test_a_run_that_is_left_is_gone_on_with(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.05)
+    arguments = [*columns.unsearched("digits", "bp"), "--epochs=40", "--notest"]
+    job = sweep.job("bp", [*arguments, f"--runs_dir={tmp_path}"])
+    assert sweep.run([job._replace(until=2)]) == {}
+    rows = sweep.rows_of(job.folder)
+    assert 2 <= len(rows) < 40
+    assert sweep.result(job) is None
+    assert "All 1 runs are finished." in capfd.readouterr().out
+    assert sweep.run([job._replace(until=2)]) == {}  # is done already
+    assert sweep.rows_of(job.folder) == rows
+    assert sweep.is_done(job._replace(until=2))
+    assert not sweep.is_done(job)
+    other = sweep.job("bp", [*job.arguments, "--dropout=0.5"])
+    assert not sweep.is_done(other._replace(until=2))
+    assert sweep.run([job._replace(until=len(rows) + 1)]) == {}
+    assert sweep.rows_of(job.folder)[: len(rows)] == rows
+
+
+def test_halving_gives_up_what_does_worst(tmp_path, monkeypatch, capfd):
+    """As many runs as are left after 1, 2 and 4 of 5 epochs."""
+    monkeypatch.setattr(commandline, "FLAGFILES", tmp_path)
+    # Validation accuracy by epoch; the fourth point diverges.
+    accuracies = {
+        "--dropout=0.1": [0.5, 0.6, 0.7, 0.8, 0.8],
+        "--dropout=0.2": [0.4, 0.7, 0.7, 0.7, 0.9],
+        "--dropout=0.3": [0.3, 0.9, 0.9, 0.9, 0.9],
+        "--dropout=0.4": [],
+        "--dropout=0.5": [0.2, 0.9, 0.9, 0.9, 0.9],
+    }
+    stages = []
+
+    def run(jobs):
+        stages.append((jobs[0].until, len(jobs)))
+        failed = {}
+        for job in jobs:
+            rate = accuracies[f"--dropout={job.settings['dropout']}"]
+            if not rate:
+                failed[job.name] = sweep.Failure("NaN", diverged=True)
+                continue
+            job.folder.mkdir(parents=True, exist_ok=True)
+            rows = "".join(f"{1 - 1 / 3},{a},1\n" for a in rate[: job.until])
+            (job.folder / "history.csv").write_text(
+                f"loss,val_accuracy,examples_per_second\n{rows}"
+            )
+        return failed
+
+    def result(job):
+        rows = sweep.rows_of(job.folder)
+        if len(rows) < 5:
+            return None
+        last = 100 * (1 - rows[-1]["val_accuracy"])
+        return {"validation_error": last, "epochs": 5, "seed": 0}
+
+    monkeypatch.setattr(sweep, "run", run)
+    monkeypatch.setattr(sweep, "result", result)
+    arguments = ["search.py", "--column=digits", "--methods=fa", "--halving"]
+    arguments += ["--epochs=5", "--write", f"--runs_dir={tmp_path / 'runs'}"]
+    arguments += [f"--point={point}" for point in accuracies]
+    assert search.run(arguments) == 0
+    assert stages == [(1, 5), (2, 2), (None, 1)]
+    output, _ = capfd.readouterr()
+    line = r"fa +\| 40\.00 after 2 +\| \*\*10\.00\*\* +\| 70\.00 after 1 +\| - "
+    assert re.search(line, output), output
+    written = (tmp_path / "digits_fa.flags").read_text()
+    assert "# Given up after 2 epoch(s) (40.00 %): --dropout=0.1" in written
+    assert "# Diverged: --dropout=0.4" in written
+    assert written.endswith("--dropout=0.2\n")
+
+
 def test_unfinished_search_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(commandline, "FLAGFILES", tmp_path)
     grid = ["--dropout=0", "--dropout=0.1", "--dropout=0.2"]

@@ -5,8 +5,9 @@ From the root of the project:
     python train/search.py --column=mnist --data_dir=FOLDER --runs_dir=FOLDER
 
 Every method is given the same budget: one run of each --point of a grid, with
-one seed and --epochs epochs. The point of least validation error is chosen; the
-test images are not looked at. Prints a table of the validation errors and, with
+one seed and --epochs epochs, of which --halving spares what does worst early
+on. The point of least validation error is chosen; the test images are not
+looked at. Prints a table of the validation errors and, with
 --write, writes the flag files of the cells. Like reproduce.py, it goes on where
 it was, in several processes if need be.
 
@@ -44,6 +45,12 @@ define.string(
     "runs/search",
     "Folder for the runs, with a folder for each point of the grid.",
 )
+define.bool(
+    "halving",
+    False,
+    "Whether the worse half of a method's points is given up after 1, 2, 4, "
+    "... epochs (successive halving).",
+)
 define.bool("write", False, "Whether to write the flag files of the cells.")
 define.bool(
     "search",
@@ -62,7 +69,14 @@ def search(rest: list[str]) -> None:
                 recipe = columns.unsearched(FLAGS.column, method)
                 columns.write(FLAGS.column, method, ["Not searched."], recipe)
         return
-    grid = Grid(FLAGS.column, methods, FLAGS.point, Path(FLAGS.runs_dir), rest)
+    grid = Grid(
+        FLAGS.column,
+        methods,
+        FLAGS.point,
+        Path(FLAGS.runs_dir),
+        rest,
+        FLAGS.halving,
+    )
     missing = grid.search()
     print(grid.table())
     if FLAGS.write and missing:

@@ -41,6 +41,8 @@ class Job(NamedTuple):
         folder: The run's.
         settings: What main.py makes of the arguments.
         finished: Where the run may lie finished instead; it is only read.
+        until: The epoch after which it is left, and can be gone on with.
+            Default `None`: the run is done to its end.
     """
 
     name: str
@@ -48,10 +50,11 @@ class Job(NamedTuple):
     folder: Path
     settings: dict[str, Any]
     finished: Path | None = None
+    until: int | None = None
 
     @property
     def epochs(self) -> int:
-        """Its length."""
+        """Those of the whole run."""
         return self.settings["epochs"]
 
     @property
@@ -102,6 +105,17 @@ def result(job: Job) -> dict[str, Any] | None:
         if found is not None and not conflict(job, folder):
             return found
     return None
+
+
+def is_done(job: Job) -> bool:
+    """Whether a job has come as far as it is to."""
+    if result(job) is not None:
+        return True
+    return (
+        job.until is not None
+        and len(rows_of(job.folder)) >= job.until
+        and not conflict(job)
+    )
 
 
 def _read_result(folder: Path) -> dict[str, Any] | None:
@@ -183,7 +197,7 @@ def _run(jobs: Sequence[Job], deadline: float) -> dict[str, Failure]:
 
     def missing() -> list[Job]:
         left = (job for job in jobs if job.name not in failed)
-        return [job for job in left if result(job) is None]
+        return [job for job in left if not is_done(job)]
 
     def free() -> list[Job]:
         return [job for job in missing() if not lock.is_held(job.folder)]
@@ -250,7 +264,7 @@ def _do(
             diverged=False,
         )
     place = f"[{jobs.index(job) + 1}/{len(jobs)}] {job.name}"
-    seen = len(_rows(job.folder))
+    seen = len(rows_of(job.folder))
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, str(PROGRAM), *job.arguments],
@@ -260,17 +274,21 @@ def _do(
         try:
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
-                rows = _rows(job.folder)
+                rows = rows_of(job.folder)
                 if len(rows) > seen:
                     seen = len(rows)
                     print(
                         f"{place}: {_progress(job, jobs, failed)}", flush=True
                     )
+                if job.until is not None and seen >= job.until:
+                    break
         finally:
             process.terminate()
             process.wait()
         errors.seek(0)
         said = errors.read().strip().splitlines()
+    if job.until is not None and is_done(job):
+        return None
     if process.returncode:
         last = said[-1] if said else f"exit status {process.returncode}"
         if Busy.SIGN in last:  # another process began it just now
@@ -283,7 +301,7 @@ def _do(
 
 
 def _progress(job: Job, jobs: Sequence[Job], failed: dict[str, Failure]) -> str:
-    row = _rows(job.folder)[-1]
+    row = rows_of(job.folder)[-1]
     left = seconds_left([job for job in jobs if job.name not in failed])
     return (
         f"epoch {int(row['epoch'])} of {job.epochs}, validation error "
@@ -307,7 +325,7 @@ def seconds_left(jobs: Sequence[Job]) -> float:
     Processes share what is left.
     """
     times = paces(jobs)
-    left = [job for job in jobs if result(job) is None]
+    left = [job for job in jobs if not is_done(job)]
     workers = sum(lock.is_held(job.folder) for job in left)
     if not times:
         return float("nan")
@@ -325,7 +343,7 @@ def paces(jobs: Sequence[Job]) -> dict[tuple[str, ...], float]:
         times: dict[tuple[str, ...], list[float]] = {}
         for job in jobs:
             folder = getattr(job, place)
-            rows = _rows(folder) if folder else []
+            rows = rows_of(folder) if folder else []
             times.setdefault(job.kind, []).extend(r["seconds"] for r in rows)
         measured |= {k: statistics.median(t) for k, t in times.items() if t}
     return measured
@@ -345,10 +363,11 @@ def seconds_of(job: Job, times: dict[tuple[str, ...], float]) -> float:
     if not times:
         return float("nan")
     pace = times.get(job.kind, statistics.mean(times.values()))
-    return max(job.epochs - len(_rows(job.folder)), 0) * pace
+    epochs = job.epochs if job.until is None else job.until
+    return max(epochs - len(rows_of(job.folder)), 0) * pace
 
 
-def _rows(folder: Path) -> list[dict[str, float]]:
+def rows_of(folder: Path) -> list[dict[str, float]]:
     """The whole rows of a history; the last one may be half-written."""
     try:
         with (folder / "history.csv").open(newline="") as file:
