@@ -229,7 +229,7 @@ def convert(
             f"error_from={error_from!r}. Leave it out."
         )
     skip = {skip} if isinstance(skip, str) else set(skip)
-    _check_model(model, subclassed=True)
+    _check_model(model)
     if not _cloning.is_graph(model):
         return _convert_in_place(model, method, layers, skip)
     stock, stocks = model, {}
@@ -400,7 +400,7 @@ def to_backprop(model: keras.Model) -> keras.Model:
     assert type(plain.layers[0]) is keras.layers.Dense
     ```
     """
-    _check_model(model, subclassed=True)
+    _check_model(model)
     if not _cloning.is_graph(model):
         _to_stock_in_place(model)
         _compile_as(model, model)
@@ -472,6 +472,12 @@ def load_stock_weights(model: keras.Model, filepath: str | os.PathLike) -> None:
     load_stock_weights(model, "stock.weights.h5")
     ```
     """
+    if not _cloning.is_graph(model):
+        raise ValueError(
+            "Only Functional and Sequential models take a stock model's file. "
+            "Load it into the stock model, and convert that. Received: "
+            f"{model!r} of type {type(model).__name__}"
+        )
     _check_model(model)
     twin, stocks = _to_stock(model, subclasses=True)
     twin.load_weights(filepath)
@@ -1050,19 +1056,14 @@ def _check_functions(model: keras.Model, config: dict | None) -> None:
             walk(given.get(name), again.get(name))
 
 
-def _check_model(model: keras.Model, subclassed: bool = False) -> None:
-    """Refuses what is no built model.
-
-    Args:
-        model: What was given.
-        subclassed: Whether it may be a model with a `call` of its own.
-    """
+def _check_model(model: keras.Model) -> None:
+    """Refuses what is no built model."""
     graph = _cloning.is_graph(model)
-    if not graph and not (subclassed and isinstance(model, keras.Model)):
-        others = ", and subclassed ones in place" if subclassed else ""
+    if not graph and not isinstance(model, keras.Model):
         raise ValueError(
-            "Only Functional and Sequential models can be converted"
-            f"{others}. Received: {model!r} of type {type(model).__name__}"
+            "Only Functional and Sequential models can be converted, and "
+            f"subclassed ones in place. Received: {model!r} of type "
+            f"{type(model).__name__}"
         )
     if not model.built or (graph and not getattr(model, "inputs", None)):
         raise ValueError(
