@@ -55,7 +55,7 @@ def alignment(
     """Measures the alignment of every FA layer of a model on one batch.
 
     The two gradients of `gradient_angle` are those of the loss between `y` and
-    the model's output in training mode, without regularisation penalties,
+    the model's output in training mode, without regularization penalties,
     before the optimizer. Both are taken with the same weights, dropout masks
     and batch statistics; nothing of the model's state moves.
 

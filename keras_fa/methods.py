@@ -26,6 +26,7 @@ assert METHODS["fa"].callbacks() == []
 """
 
 import dataclasses
+import difflib
 from collections.abc import Callable
 
 import keras
@@ -368,8 +369,10 @@ def get(identifier: str | Method) -> Method:
     known = isinstance(identifier, str)
     name = _ALIASES.get(identifier, identifier) if known else None
     if name not in METHODS:
+        near = difflib.get_close_matches(str(identifier).lower(), METHODS, 1)
         raise ValueError(
-            f"Unknown method {identifier!r}. Allowed: {', '.join(METHODS)}, "
-            "or a keras_fa.methods.Method."
+            f"Unknown method {identifier!r}"
+            + (f"; did you mean {near[0]!r}? " if near else ". ")
+            + f"Allowed: {', '.join(METHODS)}, or a keras_fa.methods.Method."
         )
     return METHODS[name]

@@ -60,7 +60,7 @@ def history(folder):
 
 
 def assert_same(folder, other):
-    """All that is learned, to the bit: weights, optimiser, random state."""
+    """All that is learned, to the bit: weights, optimizer, random state."""
     assert history(folder) == history(other)
     assert len(history(folder)) > 0
     models, states = [], []

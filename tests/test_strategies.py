@@ -97,7 +97,7 @@ def assert_close(folder, other, tolerance=2e-5):
 
 @pytest.fixture(scope="module")
 def network():
-    """The network with batch normalisation, in place of digits' own."""
+    """The network with batch normalization, in place of digits' own."""
     import workers
 
     with pytest.MonkeyPatch.context() as patch:
@@ -166,7 +166,7 @@ def test_replicas_are_stopped_and_go_on(
 
 @pytest.mark.slow
 def test_scaled_loss_is_resumed(mirrored, tmp_path):
-    """The state of mixed_float16's optimiser is there once."""
+    """The state of mixed_float16's optimizer is there once."""
     arguments = ["--strategy=mirrored", "--dtype_policy=mixed_float16"]
     assert begin(tmp_path, "fa_usf_sn", *arguments, "--epochs=1") == 0
     assert begin(tmp_path, "fa_usf_sn", *arguments, "--resume") == 0

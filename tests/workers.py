@@ -23,7 +23,7 @@ from experiment.runfolder import writer
 
 
 def network(x: Any, classes: int, dropout: float = 0.0) -> Any:
-    """Two convolutions with batch normalisation, and a readout.
+    """Two convolutions with batch normalization, and a readout.
 
     It is smooth: rounding turns no unit on or off.
     """
