@@ -252,7 +252,7 @@ def test_job_is_finished_by_a_run_that_is_older_than_a_setting(job):
     [
         ("mnist", "mnist", columns.ROWS, "", 9),
         ("mnist", "mnist", BEYOND, HALF, 8),
-        ("cifar10_1", "cifar10_1", None, HALF, 10),
+        ("cifar10_1", "cifar10_1", None, HALF, 12),
         (
             "cifar10_1_15_epochs",
             "cifar10_1",
