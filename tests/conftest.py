@@ -73,6 +73,7 @@ _PROVE = {
     "test_cost.py",
     "test_layers.py",
     "test_methods.py",
+    "test_optimizers.py",
     "test_recurrent.py",
     "test_wiring.py",
     "test_file_of_arrays",

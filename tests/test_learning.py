@@ -120,8 +120,14 @@ def differences(model: keras.Model) -> list[np.ndarray]:
         (lambda: keras.optimizers.SGD(0.1, weight_decay=0.2), 0.02),
         (lambda: keras.optimizers.AdamW(0.01, weight_decay=2.0), 0.02),
         (lambda: keras.optimizers.SGD(0.1, momentum=0.9), 0.0),
+        (
+            lambda: keras_fa.optimizers.Muon(
+                0.01, weight_decay=2.0, adam_weight_decay=2.0
+            ),
+            0.02,
+        ),
     ],
-    ids=["sgd", "adamw", "no_decay"],
+    ids=["sgd", "adamw", "no_decay", "muon"],
 )
 def test_w_minus_b_shrinks_by_exactly_the_decay(
     optimizer: Callable, decay: float
