@@ -172,9 +172,9 @@ def conflict(job: Job, folder: Path | None = None) -> str:
 def run(jobs: Sequence[Job], deadline: float = math.inf) -> dict[str, Failure]:
     """Does all jobs that no other process is at or has done.
 
-    The first seeds come first, and of one seed what is done soonest. It ends
-    early where a second job fails for the very reason of a first one: the
-    others would, too.
+    The first seeds come first, and of one seed what is done soonest. Where a
+    job diverges, or its folder is to blame, the others go on. Any other
+    failure would be theirs, too, and ends it.
 
     Args:
         jobs: The jobs.
@@ -218,11 +218,11 @@ def _run(jobs: Sequence[Job], deadline: float) -> dict[str, Failure]:
         failure = _do(job, jobs, failed)
         if failure is None:
             continue
-        again = failure in failed.values()
         failed[job.name] = failure
-        print(f"{job.name}: failed. {failure.reason}", flush=True)
-        if again:
+        its_own = failure.reason.startswith(str(job.folder))
+        if not failure.diverged and not its_own:
             return failed
+        print(f"{job.name}: failed. {failure.reason}", flush=True)
     if todo:
         times = paces(jobs)
         named = [
@@ -230,7 +230,8 @@ def _run(jobs: Sequence[Job], deadline: float) -> dict[str, Failure]:
         ]
         print(f"Not enough time is left for {', '.join(named)}.")
     if held := [job for job in missing() if job not in todo]:
-        print(f"Other processes are at {', '.join(job.name for job in held)}.")
+        names = ", ".join(job.name for job in held)
+        print(f"Left to other processes, which are training them: {names}.")
     elif not failed and not todo:
         print(f"All {len(jobs)} runs are finished.")
     return failed
