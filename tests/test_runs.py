@@ -183,11 +183,18 @@ def test_terminated_run_goes_on(moments, whole, tmp_path, monkeypatch, capfd):
             status = 130 if number == signal.SIGINT else 0
             assert begin(tmp_path, "--resume") == status
         output, errors = capfd.readouterr()
-        last = output.strip().splitlines()[-1]
-        assert last.startswith(f"{folder}: stopped")
+        said = f"{folder}: stopped"
+        if number == signal.SIGINT:
+            stopping, last = errors.splitlines()
+            assert stopping.startswith("Stopping after this step")
+            assert last.startswith(f"main.py: {said}")
+            assert said not in output
+        else:
+            assert errors == ""
+            last = output.strip().splitlines()[-1]
+            assert last.startswith(said)
         assert place in last
         assert "--resume" in last
-        assert bool(errors) == (number == signal.SIGINT), errors
         assert not (folder / "result.json").exists()
         assert signal.getsignal(signal.SIGTERM) is before
     assert begin(tmp_path, "--resume") == 0
@@ -243,9 +250,12 @@ def test_interrupted(monkeypatch, capfd):
         os.kill(os.getpid(), signal.SIGTERM)
         assert termination.asked
         assert not termination.interrupted
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         interrupt()
         assert termination.interrupted
-        assert "again interrupts at once" in capfd.readouterr().err
+        said = capfd.readouterr().err
+        assert said.startswith("\nStopping after this step")  # of its own
+        assert "again interrupts at once" in said
         with pytest.raises(KeyboardInterrupt):
             interrupt()
     assert signal.getsignal(signal.SIGINT) is before

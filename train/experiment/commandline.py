@@ -129,7 +129,8 @@ def run(
         program: What it does, once they are set. With `others` it is given
             the flags that are not its own.
         about: What `--help` says before it lists the flags.
-        interrupted: What to tell a user who stops the program.
+        interrupted: What to tell a user who stops the program, where the
+            interrupt itself says nothing.
         others: Whether there may be flags of another program on it.
 
     Returns:
@@ -151,8 +152,9 @@ def run(
     except UserError as wrong:
         print(f"{name}: {_one_line(wrong)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted. {interrupted}", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        said = str(stopped) or f"interrupted. {interrupted}"
+        print(f"{name}: {said}", file=sys.stderr)
         return 130
     return 0
 

@@ -60,9 +60,10 @@ def train(config: SimpleNamespace) -> None:
             Run(config, placement, termination, stack).go()
     except Stopped as stopped:
         # Below Keras's progress bar, where there is one.
-        print("\n" * sys.stdout.isatty() + str(stopped), flush=True)
+        print("\n" * sys.stdout.isatty(), end="", flush=True)
         if termination.interrupted:
-            raise KeyboardInterrupt from stopped
+            raise KeyboardInterrupt(stopped) from stopped
+        print(stopped, flush=True)
 
 
 @dataclasses.dataclass
