@@ -102,10 +102,7 @@ class Run:
         """All of it."""
         self._agree()
         if self.progress.result and self._trained:
-            print(
-                f"{self.folder}: finished already, after "
-                f"{self.progress.epoch} epochs."
-            )
+            print(f"{self.folder}: finished already, {self.progress.place}.")
             report(self.folder, self.progress.result)
             return
         keras.utils.set_random_seed(self.config.seed)
@@ -485,10 +482,13 @@ def report(folder: Path, result: dict) -> None:
     if result["test_error"] is None:
         print("The test images were not looked at.")
     else:
-        print(f"Test error {result['test_error']:.2f} %{_top5(result)}.")
+        print(
+            f"Test error {result['test_error']:.2f} %{_top5(result)}"
+            f"{_of_a_sample(result)}."
+        )
     print(
         f"Training error {result['train_error']:.2f} %, validation error "
-        f"{result['validation_error']:.2f} % after {result['epochs']} epochs, "
+        f"{result['validation_error']:.2f} % after epoch {result['epochs']}, "
         f"{result['seconds']:.0f} s."
     )
     print(f"Run folder: {folder}")
@@ -500,3 +500,10 @@ def _top5(result: dict) -> str:
     if result.get("test_top5_error") is None:
         return ""
     return f", top-5 {result['test_top5_error']:.2f} %"
+
+
+def _of_a_sample(result: dict) -> str:
+    images, dataset = result.get("training_images"), result["dataset"]
+    if images is None or images >= DATASETS[dataset].images:
+        return ""
+    return f" on a sample, which says nothing of the whole of {dataset}"
