@@ -261,7 +261,10 @@ def test_a_method_that_does_not_fit_is_left_out(
     [
         (["--networks=digits,alexnet"], "cifar10_2"),
         (["--methods=fa,usf"], "fa_usf_sn"),
-        (["--methods="], "fa_usf_sn"),
+        (["--methods=FA"], "--methods=FA: no such name (did you mean fa?). -"),
+        (["--networks=cifar"], "no such name (did you mean cifar10_"),
+        (["--methods="], "--methods= is empty. Name one"),
+        (["--dtype_policies="], "--dtype_policies= is empty. Name one"),
         (["--dtype_policies=int8"], "mixed_bfloat16"),
         (["--networks="], "--input"),
         (["--steps=0"], "--steps"),

@@ -526,7 +526,8 @@ def test_without_data_one_run_says_so_once(tmp_path, monkeypatch, capfd):
     [
         ("", "column"),
         ("--column=svhn", "cifar10_1"),
-        ("--column=digits --methods=fa,nonsense", "fa_usf_sn"),
+        ("--column=digits --methods=fa,nonsense", "Allowed: bp, "),
+        ("--column=digits --methods=bp,FA", "FA: no such name (did you mean"),
         ("--column=digits --seeds=0", "seeds"),
         ("--column=digits --method=fa", "cannot be given here"),
         ("--column=digits --flagfile=digits_bp.flags", "cannot be given here"),

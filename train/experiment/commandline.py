@@ -5,6 +5,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +72,38 @@ def definers(values: flags.FlagValues) -> SimpleNamespace:
     )
 
 
+def define_names(
+    values: flags.FlagValues,
+    flag: str,
+    default: Sequence[str] | None,
+    allowed: Collection[str],
+    text: str,
+    least: int = 0,
+) -> None:
+    """Defines a flag of names, separated by commas.
+
+    Args:
+        values: The program's flags.
+        flag: Its name.
+        default: Its value where none is given.
+        allowed: The names there are; the help lists them.
+        text: The rest of the help.
+        least: How many there have to be.
+    """
+
+    def check(given: Sequence[str] | None) -> bool:
+        for name in given or ():
+            if name not in allowed:
+                raise UserError(_not_among(flag, name, allowed, "name"))
+        if given is not None and len(given) < least:
+            raise UserError(f"--{flag}= is empty. Name one, or leave it out.")
+        return True
+
+    text = f"{text} Names: {', '.join(allowed)}."
+    flags.DEFINE_list(flag, default, text, flag_values=values)
+    flags.register_validator(flag, check, flag_values=values)
+
+
 def parse(
     values: flags.FlagValues, argv: list[str], others: bool = False
 ) -> list[str]:
@@ -102,7 +135,7 @@ def parse(
             name, value = given.groups()
             if isinstance(values[name], flags.EnumFlag):
                 names = values[name].parser.enum_values
-                raise UserError(_not_among(name, value, names)) from wrong
+                raise UserError(_not_among(name, value, names, name)) from wrong
             about = f" --{name}: {values[name].help}"
         raise UserError(f"{str(wrong).rstrip('.')}.{about}") from wrong
     if rest and not others:
@@ -159,17 +192,17 @@ def run(
     return 0
 
 
-def _not_among(flag: str, value: str, names: Sequence[str]) -> str:
+def _not_among(flag: str, value: str, names: Collection[str], kind: str) -> str:
     """What to say of a value that is none of those there are."""
     allowed = ", ".join(names)
     if value == "None":
         return f"--{flag} is needed: one of {allowed}."
     meant = _meant(value, names)
     rest = "--helpfull lists all." if meant else f"Allowed: {allowed}."
-    return f"--{flag}={value}: no such {flag}{meant}. {rest}"
+    return f"--{flag}={value}: no such {kind}{meant}. {rest}"
 
 
-def _meant(given: str, names: Sequence[str]) -> str:
+def _meant(given: str, names: Collection[str]) -> str:
     """Which names somebody may have meant, as a question in brackets."""
     lower = given.lower()
     close = [

@@ -235,24 +235,16 @@ def define_flags(values: flags.FlagValues) -> None:
     define.enum(
         "column", None, list(COLUMNS), "Column of the table.", required=True
     )
-    define.list(
+    commandline.define_names(
+        values,
         "methods",
         None,
+        METHODS,
         "Rows of the table, separated by commas. By default all of the "
         "column's.",
     )
 
 
 def chosen_methods(column: str, names: list[str] | None) -> list[str]:
-    """The methods that a user names, or else all of the column's.
-
-    Raises:
-        UserError: If a name is unknown.
-    """
-    for method in names or []:
-        if method not in METHODS:
-            raise UserError(
-                f"--methods: unknown method {method!r}. Allowed: "
-                f"{', '.join(METHODS)}."
-            )
+    """The methods that a user names, or else all of the column's."""
     return list(dict.fromkeys(names or COLUMNS[column].methods))
