@@ -704,6 +704,7 @@ def test_every_flag_is_explained():
     for name in vars(settings.given()).keys() - {"backend"}:
         assert len(settings.FLAGS[name].help) > 20, name
         assert f"--{name}" in explained or f"--[no]{name}" in explained
+    assert "--normalization=batch" in settings.FLAGS["fixed_signs"].help
 
 
 # Data.
