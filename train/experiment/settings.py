@@ -65,6 +65,7 @@ class Of:
         return ", ".join(
             f"{getattr(entry, self.attribute)} {word} {name}"
             for name, entry in self.entries.items()
+            if getattr(entry, self.attribute) is not None
         )
 
 
@@ -311,18 +312,18 @@ TABLE = (
         "image_size",
         _RECIPE,
         int,
-        None,
-        "Height and width that photos are resized to, in pixels, on "
-        "imagenet2012 alone; by default 224.",
+        Of(*_BY_DATASET, "image_size"),
+        "Height and width that photos are resized to, in pixels; not for data "
+        "sets whose images have a size of their own.",
         "[8, 2048]",
     ),
     Setting(
         "crop_area",
         _RECIPE,
         float,
-        None,
-        "Least share of a photo's area that its window has in training, on "
-        "imagenet2012 alone; by default 0.08.",
+        Of(*_BY_DATASET, "crop_area"),
+        "Least share of a photo's area that its window has in training; not "
+        "for data sets whose images have a size of their own.",
         "(0, 1]",
     ),
     Setting(
@@ -538,9 +539,9 @@ def difference(
 
 
 def is_default(name: str, value: Any) -> bool:
-    """Whether it is what a run without this setting was made with."""
+    """Whether it goes without saying; `None`: there is nothing to set."""
     known = BY_NAME.get(name)
-    return known is not None and value == known.default
+    return known is not None and value in (None, known.default)
 
 
 def flag(name: str) -> str:

@@ -37,11 +37,12 @@ class Dataset(NamedTuple):
         model: The network for it.
         epochs: As main.py's flag, like all that follow.
         batch_size: Images in a step.
-        optimizer: Its optimiser.
+        optimizer: Its optimizer.
         warmup_epochs: Its warm-up.
         mirror: Whether the model is to mirror images in training.
         streamed: Whether it does not fit into memory.
         images: Of a data set of which there are samples, all training images.
+        crop_area: Of photos: the least share of one that its window has.
     """
 
     open: Callable[[SimpleNamespace], Any]
@@ -56,6 +57,15 @@ class Dataset(NamedTuple):
     mirror: bool = False
     streamed: bool = False
     images: int = 0
+    crop_area: float | None = None
+
+    @property
+    def image_size(self) -> int | None:
+        """What photos are resized to; `None`: images have sizes of their own.
+
+        As main.py's flag, like `crop_area`.
+        """
+        return self.image_shape[0] if self.streamed else None
 
     def preprocessing(
         self, input_shape: tuple[int, int, int], pad: int = 0
@@ -122,10 +132,10 @@ def _photos(config: SimpleNamespace) -> Any:
 
     return photos.Photos(
         config.data_dir,
-        config.image_size or DATASETS[config.dataset].image_shape[0],
+        config.image_size,
         hold_out=not config.test,
         one_hot=bool(config.label_smoothing),
-        crop_area=config.crop_area or photos.CROP_AREA,
+        crop_area=config.crop_area,
     )
 
 
@@ -179,5 +189,6 @@ DATASETS = {
         warmup_epochs=5.0,
         streamed=True,
         images=1_281_167,
+        crop_area=0.08,
     ),
 }

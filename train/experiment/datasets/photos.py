@@ -22,13 +22,14 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from experiment.datasets import DATASETS
 from experiment.devices.one import Share
 from experiment.errors import UserError
 
 NAME = "imagenet2012"
-CLASSES = 1000
+CLASSES = DATASETS[NAME].classes
 SHUFFLE_BUFFER = 8192
-CROP_AREA = 0.08
+CROP_AREA = DATASETS[NAME].crop_area
 FILES_AT_ONCE = 16
 PREPARE = (
     "ImageNet cannot be downloaded automatically: get "
