@@ -193,7 +193,7 @@ class Run:
             raise Stopped(f"{self.folder}: stopped; go on with --resume.")
 
     def _build(self) -> None:
-        """Model and optimiser, as they were left."""
+        """Model and optimizer, as they were left."""
         with self.placement.scope():
             model = models.build(self.config)
         self.model = self.placement.adopt(

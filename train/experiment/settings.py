@@ -181,7 +181,7 @@ TABLE = (
         METHODS,
         "fa_usf_sn",
         "How errors are sent back; the rows of the paper's table. The default "
-        "is sign-concordant feedback with strict normalisation, its best one.",
+        "is sign-concordant feedback with strict normalization, its best one.",
     ),
     Setting(
         "seed",
@@ -214,7 +214,7 @@ TABLE = (
         _RECIPE,
         OPTIMIZERS,
         Of(*_BY_DATASET, "optimizer"),
-        "Optimiser; sgd has momentum 0.9, adamw is adam with weight decay, "
+        "Optimizer; sgd has momentum 0.9, adamw is adam with weight decay, "
         "muon takes orthogonal steps, and those of adam for the readout and "
         "biases.",
     ),

@@ -139,7 +139,7 @@ class OneDevice:
         Args:
             model: The model, compiled.
             file: The checkpoint; it need be there for the chief alone.
-            load: Loads it, or a copy of it, into the model and its optimiser.
+            load: Loads it, or a copy of it, into the model and its optimizer.
         """
         load(file)
 

@@ -73,7 +73,7 @@ def look(folder: Path, asked: dict[str, Any], resume: bool) -> Progress:
             progress.result["test_error"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             progress.result = None
-            _say(f"{result}: {_damage(error)}; it is made anew.")
+            _say(f"{result}: {_damage(error)}; it is written again.")
     begun_epochs = progress.epoch + (progress.partial.step > 0)
     if progress.result is None and begun_epochs > asked["epochs"]:
         raise UserError(

@@ -203,7 +203,7 @@ def forever(batch: tuple[np.ndarray, np.ndarray]) -> Any:
 def random_batch(
     model: keras.Model, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Standardised images of random pixels, and labels, for a model."""
+    """Standardized images of random pixels, and labels, for a model."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (size, *model.input_shape[1:]))
     images = ((pixels - 127.5) / 73.9).astype("float32")
