@@ -44,18 +44,11 @@ Decode = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 
 def decode_window(photo: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
-    """Decodes a window of a photo.
+    """Decodes a window `[y, x, height, width]` of a JPEG.
 
     The pixels are those of the whole photo, but for colour in the first and
     the last column where a JPEG has it at half the resolution: it is
     interpolated, and the columns beyond are not decoded.
-
-    Args:
-        photo: The JPEG.
-        window: `[y, x, height, width]` in pixels.
-
-    Returns:
-        The window's pixels, `(height, width, 3)` uint8.
     """
     return tf.io.decode_and_crop_jpeg(photo, window, channels=3)
 
@@ -69,19 +62,16 @@ class Photos:
         image_size: Height and width of the images to make, in pixels.
         hold_out: Whether the last hundredth of `train` (at least one photo) is
             the validation, and the split `validation` is not touched.
-        one_hot: Whether labels are `(b, 1000)` float32, instead of `(b,)`
-            int64.
+        one_hot: Whether labels are one-hot, instead of class numbers.
         crop_area: The least share of a photo's area that a training window
-            has. Default 0.08.
+            has.
 
     Attributes:
-        training_images: Photos to train on.
-        validation_images: Photos to evaluate on.
+        training_images, validation_images: How many there are.
         test_images: 0: the labels of ImageNet's are not public.
 
     Raises:
-        UserError: If the folder does not hold all of ImageNet in a form that
-            can be read.
+        UserError: If the folder does not hold what can be read.
     """
 
     def __init__(
@@ -120,26 +110,11 @@ class Photos:
 
         Each epoch reads the process's part of the files in an order of its
         own, 16 at a time, and shuffles the photos, not yet decoded, in a
-        buffer of 8192: for ImageNet 0.9 GB of memory in each process. Windows
-        have `crop_area` to 1 of a photo's area and 3/4 to 4/3 as their aspect
-        ratio, as `tf.image.stateless_sample_distorted_bounding_box` draws them
-        in at most 10 attempts; else it is the centre. They are resized
-        bilinearly.
+        buffer of 8192: for ImageNet 0.9 GB of memory in each process. Photos
+        before the first step are read in its epoch, but not decoded.
 
-        Args:
-            share: The replicas that the process feeds.
-            batch_size: Photos in a global batch, a multiple of the replicas.
-            steps_per_epoch: Steps in an epoch, which leaves the rest out.
-            seed: Of the order and of the windows.
-            first_step: The step to begin with, counted over all epochs. The
-                photos before it are read in its epoch, but not decoded.
-            epochs: The epoch to end before.
-            decode: What decodes a window.
-
-        Returns:
-            Batches of one replica: images `(b, size, size, 3)` uint8, labels,
-            weights `(b,)` float32 of 1. They are ordered by step, then by
-            replica.
+        Args as of `arrays.TrainingBatches`. Batches are those of one replica,
+        ordered by step, then by replica: images, labels, weights of 1.
 
         Raises:
             UserError: If there are fewer photos than an epoch needs.
@@ -195,20 +170,9 @@ class Photos:
     ) -> tf.data.Dataset:
         """The validation batches of a process, again and again.
 
-        A photo's central square of 0.875 of its short side is resized.
-
-        Args:
-            share: The replicas that the process feeds.
-            batch_size: Photos in a global batch, a multiple of the replicas.
-            steps: Those that make up one evaluation, in which all photos have
-                room.
-
-        Returns:
-            Batches of one replica, as those of `training`, ordered alike. In
-            one evaluation each photo comes once in one process. What fills
-            the last batches are zeros of weight 0. Photos weigh as much more
-            than 1 as brings the sum to that of full batches, so that the mean
-            of Keras's losses over the batches is the mean over the photos.
+        In one evaluation each photo comes once in one process. Batches are
+        ordered as in training, filled and weighted as those of
+        `arrays.EvaluationBatches`.
         """
         each = batch_size // share.replicas
         split, *whole = self._validation
@@ -233,14 +197,7 @@ class Photos:
         return self._batches(photos.repeat(), each, pixels)
 
     def probe(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first validation photos.
-
-        Args:
-            n: How many; all, if there are fewer.
-
-        Returns:
-            Images and labels, as in a batch.
-        """
+        """The first n validation photos, or all, and their labels."""
         size = min(n, self.validation_images)
         steps = -(-self.validation_images // size)
         batches = self.validation(Share(), size, steps)
@@ -390,17 +347,9 @@ def training_pixels(
     decode: Decode,
     crop_area: float,
 ) -> tf.Tensor:
-    """A random window of a photo, half of the time mirrored.
+    """A random window of a JPEG, resized, half of the time mirrored.
 
-    Args:
-        photo: The JPEG.
-        seed: The run's seed and the photo's number, `(2,)` int64.
-        size: Height and width of the image to make.
-        decode: What decodes a window.
-        crop_area: The least share of the photo's area in it.
-
-    Returns:
-        `(size, size, 3)` uint8.
+    The seed is the run's and the photo's number, `(2,)` int64.
     """
     even = seed * [1, 2]  # two draws, and a seed of its own for each
     window = random_window(tf.io.extract_jpeg_shape(photo), even, crop_area)
@@ -410,15 +359,7 @@ def training_pixels(
 
 
 def evaluation_pixels(photo: tf.Tensor, size: int) -> tf.Tensor:
-    """The central square of 0.875 of a photo's short side, resized.
-
-    Args:
-        photo: The JPEG.
-        size: Height and width of the image to make.
-
-    Returns:
-        `(size, size, 3)` uint8.
-    """
+    """The central square of 0.875 of a JPEG's short side, resized."""
     sides = tf.io.extract_jpeg_shape(photo)[:2]
     side = tf.maximum(7 * tf.reduce_min(sides) // 8, 1)
     window = tf.concat([(sides - side) // 2, [side, side]], 0)
@@ -428,7 +369,11 @@ def evaluation_pixels(photo: tf.Tensor, size: int) -> tf.Tensor:
 def random_window(
     shape: tf.Tensor, seed: tf.Tensor, crop_area: float = CROP_AREA
 ) -> tf.Tensor:
-    """A window `[y, x, height, width]` of a photo of some shape."""
+    """A window `[y, x, height, width]` of a photo of some shape.
+
+    It has `crop_area` to 1 of the photo's area and an aspect ratio of 3/4 to
+    4/3, drawn in at most 10 attempts; else it is the centre.
+    """
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
         shape,
         tf.zeros((1, 0, 4)),

@@ -75,11 +75,7 @@ def job(
 ) -> Job:
     """The job of a command line of main.py.
 
-    Args:
-        name: What it is called on the console.
-        arguments: Of main.py.
-        finished: A folder with folders of runs, which count if they are
-            finished. Default `None`: there is none but --runs_dir.
+    It may be done already in --runs_dir, or in the folder `finished`.
 
     Raises:
         UserError: If main.py would refuse the command line.
@@ -129,11 +125,7 @@ def conflict(job: Job, folder: Path | None = None) -> str:
     """What tells the run in a folder from the job; nothing if it is it.
 
     A run of another recipe or length is no part of the sweep, and is not to be
-    taken for one.
-
-    Args:
-        job: The job.
-        folder: Of a run. Default: the job's.
+    taken for one. The folder is the job's own by default.
     """
     folder = folder or job.folder
     found = checkpoint.settings_of(folder)
@@ -176,10 +168,8 @@ def run(jobs: Sequence[Job], deadline: float = math.inf) -> dict[str, Failure]:
     job diverges, or its folder is to blame, the others go on. Any other
     failure would be theirs, too, and ends it.
 
-    Args:
-        jobs: The jobs.
-        deadline: As `time.monotonic` has it. No job is begun that would not
-            be finished by then, as long as an epoch takes. Default: none.
+    No job is begun that would not be finished by the deadline, a time of
+    `time.monotonic`, as long as its epochs take.
 
     Returns:
         The jobs that failed, by their names.
@@ -353,13 +343,8 @@ def paces(jobs: Sequence[Job]) -> dict[tuple[str, ...], float]:
 def seconds_of(job: Job, times: dict[tuple[str, ...], float]) -> float:
     """An estimate of the time that is left of a job that is not finished.
 
-    Args:
-        job: The job.
-        times: As `paces` gives them. A kind without one takes as long as the
-            others do on average.
-
-    Returns:
-        NaN if there are no paces.
+    By the `paces`, of which a kind without one has the others' average; NaN
+    if there are none.
     """
     if not times:
         return float("nan")
