@@ -70,20 +70,8 @@ def train(config: SimpleNamespace) -> None:
 class Run:
     """A run on its devices, step by step: `go` has them in their order.
 
-    Args:
-        config: The settings.
-        placement: The devices.
-        termination: Hears when it is to end.
-        stack: Keeps the folder for this process.
-
-    Attributes:
-        folder: The run's.
-        recorded: The settings that are recorded, and what there is to know of
-            the data.
-        progress: How far the run is.
-        source: The images.
-        steps_per_epoch: Training steps.
-        model: The compiled model.
+    The stack keeps the folder for this process. `recorded` are the settings
+    that are recorded, and what there is to know of the data.
     """
 
     config: SimpleNamespace
@@ -421,8 +409,7 @@ def fit(
         callbacks: Of the training.
         training: Gives the batches from a step on, counted over all epochs.
         validation: Batches and steps of the evaluation after each epoch.
-        steps_per_epoch: Steps in a whole epoch.
-        epochs: The number of the last epoch.
+        steps_per_epoch, epochs: Those of the whole run.
         verbose: Whether to tell how it goes.
     """
     done = progress.partial.step
@@ -464,10 +451,7 @@ def errors(
 ) -> dict[str, float | None]:
     """The entries of `result.json` on a part of the data.
 
-    Args:
-        part: As it is called there.
-        metrics: The accuracies; if there are none, it was not looked at.
-        prefix: Of their names.
+    `None` if there are no accuracies, for it was not looked at.
     """
     found = {
         f"{part}_{kind}": error(metrics[prefix + name])

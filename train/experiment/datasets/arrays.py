@@ -89,11 +89,8 @@ class EvaluationBatches(keras.utils.PyDataset):
     more than 1 as brings the sum to that of full batches, so that the mean of
     Keras's losses over the batches is the mean over the images.
 
-    Args:
-        split: The images and labels.
-        batch_size: Images in a step, a multiple of the replicas.
-        steps: Steps in which all images have room.
-        share: As of `TrainingBatches`.
+    There are as many steps as have room for all images; the rest of the
+    arguments as of `TrainingBatches`.
     """
 
     def __init__(

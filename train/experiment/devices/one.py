@@ -80,11 +80,7 @@ class OneDevice:
     def adopt(
         self, model: keras.Model, compiled: Callable[[keras.Model], None]
     ) -> keras.Model:
-        """Compiles a model for `fit` and `evaluate`.
-
-        Args:
-            model: A model made in `scope`.
-            compiled: Calls its `compile`.
+        """Compiles a model made in `scope`.
 
         Returns:
             The model to train, of the same layers.
@@ -93,11 +89,9 @@ class OneDevice:
         return model
 
     def feed(self, batches: Callable[[Share], Any]) -> Any:
-        """The batches for `fit`.
+        """The batches for `fit`, of what makes those of a share.
 
-        Args:
-            batches: Makes those of a share: of one replica's size, for each
-                step one for each replica of the share.
+        They are of one replica's size, for each step one for each replica.
         """
         return batches(Share())
 
@@ -134,11 +128,11 @@ class OneDevice:
     def restore(
         self, model: keras.Model, file: Path, load: Callable[[Path], None]
     ) -> None:
-        """Loads a checkpoint in every worker.
+        """Loads a checkpoint, which need be there for the chief alone.
 
         Args:
             model: The model, compiled.
-            file: The checkpoint; it need be there for the chief alone.
+            file: The checkpoint.
             load: Loads it, or a copy of it, into the model and its optimizer.
         """
         load(file)

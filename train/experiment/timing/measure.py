@@ -33,10 +33,7 @@ def measure(
 ) -> dict[str, Any]:
     """Times all methods on one network under one dtype policy.
 
-    Args:
-        network: One of `NETWORKS`.
-        dtype_policy: One of `DTYPE_POLICIES`.
-        peaks: The peak of memory of each row, where it is known.
+    Of the rows whose peak of memory is known it is told, too.
 
     Returns:
         An entry of `results` in the JSON file.
