@@ -47,7 +47,7 @@ def test_rows_are_complete():
     ],
 )
 def test_bounds(bounds, words, within, beyond):
-    setting = Setting("rate", Role.RECIPE, float, None, "", bounds)
+    setting = Setting(Role.RECIPE, "rate", float, None, "", bounds)
     assert setting.limits == words
     assert all(map(setting.allows, (*within, None)))
     assert not any(map(setting.allows, beyond))

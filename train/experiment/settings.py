@@ -8,6 +8,7 @@ one row here, and its use.
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Collection
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -74,8 +75,8 @@ class Setting:
     """A row of the table.
 
     Args:
-        name: The flag's, without dashes.
         role: What it is there for.
+        name: The flag's, without dashes.
         kind: `bool`, `int`, `float` or `str`, or the names to choose from.
         default: Its value where none is given, or an `Of`; a run that is older
             than the setting was made with this, too.
@@ -86,8 +87,8 @@ class Setting:
         flag: Whether it is a flag.
     """
 
-    name: str
     role: Role
+    name: str
     kind: type | Collection[str]
     default: Any
     help: str
@@ -155,106 +156,96 @@ class Setting:
             )
 
 
-_NAMING, _RECIPE, _EXECUTION, _PLACE = Role
+_naming, _recipe, _execution, _place = (
+    functools.partial(Setting, role) for role in Role
+)
 _BY_DATASET = ("dataset", DATASETS)
 _BY_OPTIMIZER = ("optimizer", OPTIMIZERS)
 
 TABLE = (
-    Setting(
+    _naming(
         "dataset",
-        _NAMING,
         DATASETS,
         "digits",
         "Data set. digits comes with scikit-learn, the others are read from "
         "--data_dir.",
     ),
-    Setting(
+    _naming(
         "model",
-        _NAMING,
         NETWORKS,
         Of(*_BY_DATASET, "model"),
         "Network.",
     ),
-    Setting(
+    _naming(
         "method",
-        _NAMING,
         METHODS,
         "fa_usf_sn",
         "How errors are sent back; the rows of the paper's table. The default "
         "is sign-concordant feedback with strict normalization, its best one.",
     ),
-    Setting(
+    _naming(
         "seed",
-        _NAMING,
         int,
         0,
         "Of weights, feedback, order and augmentation. The split of the data "
         "does not depend on it.",
         f"[0, {2**31 - 1}]",
     ),
-    Setting(
+    _recipe(
         "epochs",
-        _RECIPE,
         int,
         Of(*_BY_DATASET, "epochs"),
         "Passes over the training data. A run can go on with more.",
         "[1, 100000]",
         kept=False,
     ),
-    Setting(
+    _recipe(
         "batch_size",
-        _RECIPE,
         int,
         Of(*_BY_DATASET, "batch_size"),
         "Images per step, over all replicas.",
         "[1, inf)",
     ),
-    Setting(
+    _recipe(
         "optimizer",
-        _RECIPE,
         OPTIMIZERS,
         Of(*_BY_DATASET, "optimizer"),
         "Optimizer; sgd has momentum 0.9, adamw is adam with weight decay, "
         "muon takes orthogonal steps, and those of adam for the readout and "
         "biases.",
     ),
-    Setting(
+    _recipe(
         "learning_rate",
-        _RECIPE,
         float,
         Of(*_BY_OPTIMIZER, "learning_rate"),
         "Learning rate at its height; it falls to 0 along half a cosine.",
         "(0, inf)",
     ),
-    Setting(
+    _recipe(
         "warmup_epochs",
-        _RECIPE,
         float,
         Of(*_BY_DATASET, "warmup_epochs"),
         "Epochs over which the learning rate rises from 0 at the start; "
         "shortened to the run where it is longer.",
         "[0, inf)",
     ),
-    Setting(
+    _recipe(
         "weight_decay",
-        _RECIPE,
         float,
         Of(*_BY_OPTIMIZER, "weight_decay"),
         "Each step takes learning rate x weight decay off every kernel "
         "(decoupled from the gradient; biases are left alone).",
         "[0, inf)",
     ),
-    Setting(
+    _recipe(
         "kernel_scale",
-        _RECIPE,
         float,
         1.0,
         "The kernels start as this many times he_normal.",
         "(0, inf)",
     ),
-    Setting(
+    _recipe(
         "feedback_scale",
-        _RECIPE,
         float,
         1.0,
         "Random feedback starts as this many times what it is by default: "
@@ -262,17 +253,15 @@ TABLE = (
         "Adam's steps do not depend on the scale of B_0 or of DFA's maps.",
         "(0, inf)",
     ),
-    Setting(
+    _recipe(
         "feedback_maps",
-        _RECIPE,
         ("dense", "convolutional"),
         "dense",
         "Form of the fixed maps of DFA and DenseFA. dense: a matrix between "
         "two feature maps; convolutional: a small kernel, shared in space.",
     ),
-    Setting(
+    _recipe(
         "fixed_signs",
-        _RECIPE,
         ("synapse", "unit"),
         "synapse",
         "Whose signs an E/I method fixes. synapse: those of W_0; unit: all "
@@ -282,69 +271,61 @@ TABLE = (
         "fa_usf_init_ei has 18.3 % test error on digits without it, 1.4 % "
         "with it.",
     ),
-    Setting(
+    _recipe(
         "dropout",
-        _RECIPE,
         float,
         0.0,
         "Rate at which the inputs of the readout are dropped in training; not "
         "for cifar10_2 and imagenet_2, which have dropout of their own.",
         "[0, 1)",
     ),
-    Setting(
+    _recipe(
         "normalization",
-        _RECIPE,
         ("none", "batch"),
         "none",
         "batch: BatchNormalization in front of the ReLU of each hidden layer "
         "with a kernel, in place of its bias; not for the residual networks, "
         "which have it anyway.",
     ),
-    Setting(
+    _recipe(
         "label_smoothing",
-        _RECIPE,
         float,
         0.0,
         "Share of a label that is spread evenly over all classes in the loss.",
         "[0, 1)",
     ),
-    Setting(
+    _recipe(
         "image_size",
-        _RECIPE,
         int,
         Of(*_BY_DATASET, "image_size"),
         "Height and width that photos are resized to, in pixels; not for data "
         "sets whose images have a size of their own.",
         "[8, 2048]",
     ),
-    Setting(
+    _recipe(
         "crop_area",
-        _RECIPE,
         float,
         Of(*_BY_DATASET, "crop_area"),
         "Least share of a photo's area that its window has in training; not "
         "for data sets whose images have a size of their own.",
         "(0, 1]",
     ),
-    Setting(
+    _recipe(
         "dtype_policy",
-        _RECIPE,
         ("float32", "mixed_bfloat16", "mixed_float16"),
         "float32",
         "Keras's dtype policy of the model.",
     ),
-    Setting(
+    _execution(
         "backend",
-        _EXECUTION,
         str,
         "tensorflow",
         "Keras's backend.",
         kept=True,
         flag=False,
     ),
-    Setting(
+    _execution(
         "steps_per_execution",
-        _EXECUTION,
         int,
         1,
         "Training steps per call of the compiled function. An epoch is rounded "
@@ -352,17 +333,15 @@ TABLE = (
         "[1, inf)",
         kept=True,
     ),
-    Setting(
+    _execution(
         "jit_compile",
-        _EXECUTION,
         bool,
         None,
         "Whether to compile the training step with XLA. By default not on "
         "TensorFlow; JAX always does.",
     ),
-    Setting(
+    _execution(
         "strategy",
-        _EXECUTION,
         STRATEGIES,
         "none",
         "none: one device. On TensorFlow also mirrored: all GPUs of this "
@@ -372,35 +351,31 @@ TABLE = (
         "in the environment variables KERAS_DISTRIBUTION_..., or of a TPU "
         "slice, each of which runs this command.",
     ),
-    Setting(
+    _execution(
         "tpu",
-        _EXECUTION,
         str,
         None,
         "With --strategy=tpu: the TPU's name or grpc:// address; by default "
         "local, that of the TPU VM this runs on.",
     ),
-    Setting(
+    _execution(
         "virtual_devices",
-        _EXECUTION,
         int,
         0,
         "With --strategy=mirrored: number of logical devices to split the GPU "
         "or CPU into; with data_parallel, of CPU devices; 0 splits nothing.",
         "[0, 64]",
     ),
-    Setting(
+    _execution(
         "alignment_every",
-        _EXECUTION,
         int,
         0,
         "Measure the alignment of every layer after each so many epochs; 0 is "
         "never.",
         "[0, inf)",
     ),
-    Setting(
+    _place(
         "test",
-        _PLACE,
         bool,
         True,
         "Whether to look at the test images, once, at the end. A search for "
@@ -408,49 +383,43 @@ TABLE = (
         "error is that of its validation photos; with --notest a hundredth of "
         "the training photos is held out in their place.",
     ),
-    Setting(
+    _place(
         "data_dir",
-        _PLACE,
         str,
         None,
         "Folder that holds <dataset>.npz, as train/export.py writes it, or "
         "else one of TensorFlow Datasets, as imagenet2012 needs; the default "
         "is that of the latter ($TFDS_DATA_DIR or ~/tensorflow_datasets).",
     ),
-    Setting(
+    _place(
         "download",
-        _PLACE,
         bool,
         False,
         "Whether to fetch a data set that --data_dir does not hold.",
     ),
-    Setting(
+    _place(
         "runs_dir",
-        _PLACE,
         str,
         "runs",
         "Folder in which run folders are made.",
     ),
-    Setting(
+    _place(
         "resume",
-        _PLACE,
         bool,
         False,
         "Whether to continue the run if its folder exists: an unfinished one "
         "from its last checkpoint, a finished one if --epochs is larger.",
     ),
-    Setting(
+    _place(
         "checkpoint_minutes",
-        _PLACE,
         float,
         30.0,
         "Minutes after which a checkpoint is written inside an epoch; 0: only "
         "at the end of each epoch, and when the run is asked to end.",
         "[0, inf)",
     ),
-    Setting(
+    _place(
         "keep_checkpoints",
-        _PLACE,
         int,
         2,
         "Number of last checkpoints that are kept: model.keras, "
