@@ -51,9 +51,7 @@ def train(config: SimpleNamespace) -> None:
     settings.check(config)
     termination = Termination()
     try:
-        placement = STRATEGIES[config.strategy](
-            config.virtual_devices, config.tpu
-        )
+        placement = STRATEGIES[config.strategy].open(config)
         # After that: TensorFlow's workers hear SIGTERM themselves.
         with termination, ExitStack() as stack:
             stack.enter_context(placement.watched())

@@ -19,8 +19,6 @@ from absl import flags
 
 from experiment import commandline
 from experiment.datasets import DATASETS
-from experiment.devices import ON_JAX
-from experiment.devices import SPLITTING
 from experiment.devices import STRATEGIES
 from experiment.errors import UserError
 from experiment.model import OPTIMIZERS
@@ -580,10 +578,12 @@ def check(config: SimpleNamespace) -> None:
                 f"--{name}={value}: the images of {config.dataset} have a size "
                 "of their own. Leave it out."
             )
-    if config.virtual_devices and config.strategy not in SPLITTING:
+    strategy = STRATEGIES[config.strategy]
+    if config.virtual_devices and not strategy.splits:
+        splitting = [name for name, s in STRATEGIES.items() if s.splits]
         raise UserError(
             f"--virtual_devices={config.virtual_devices} are replicas of one "
-            f"machine. Add --strategy={'|'.join(SPLITTING)}, or leave it out."
+            f"machine. Add --strategy={'|'.join(splitting)}, or leave it out."
         )
     if config.tpu is not None and config.strategy != "tpu":
         raise UserError(
@@ -596,43 +596,37 @@ def check(config: SimpleNamespace) -> None:
             "memory, which a remote TPU cannot read. Run it on the TPU VM "
             "itself, with --tpu=local, or choose --dataset=imagenet2012."
         )
-    if config.backend == "jax" and config.strategy not in ON_JAX:
+    if strategy.backend not in (None, config.backend):
+        fitting = [
+            name
+            for name, s in STRATEGIES.items()
+            if s.backend in (None, config.backend)
+        ]
         raise UserError(
-            f"--strategy={config.strategy} is TensorFlow's, and Keras runs "
-            "on jax. Choose --strategy=data_parallel, or set "
+            f"--strategy={config.strategy} is one of {strategy.backend}, and "
+            f"Keras runs on {config.backend}. Choose "
+            f"--strategy={'|'.join(fitting)}, or set "
+            f"KERAS_BACKEND={strategy.backend}."
+        )
+    if config.backend == "torch" and config.steps_per_execution > 1:
+        raise UserError(
+            f"--steps_per_execution={config.steps_per_execution}: Keras runs "
+            "one on torch. Leave it out, or set KERAS_BACKEND=tensorflow or "
+            "jax."
+        )
+    if config.backend == "jax" and not config.jit_compile:
+        raise UserError(
+            "--nojit_compile: JAX always compiles. Leave it out, or set "
             "KERAS_BACKEND=tensorflow."
         )
-    if config.backend == "torch":
-        if config.strategy != "none":
-            raise UserError(
-                f"--strategy={config.strategy} is not PyTorch's, and Keras "
-                "runs on torch. Leave it out, or set KERAS_BACKEND=tensorflow "
-                "or jax."
-            )
-        if config.steps_per_execution > 1:
-            raise UserError(
-                f"--steps_per_execution={config.steps_per_execution}: Keras "
-                "runs one on torch. Leave it out, or set "
-                "KERAS_BACKEND=tensorflow or jax."
-            )
-    elif config.backend == "jax":
-        if not config.jit_compile:
-            raise UserError(
-                "--nojit_compile: JAX always compiles. Leave it out, or set "
-                "KERAS_BACKEND=tensorflow."
-            )
-    elif config.strategy == "data_parallel":
-        raise UserError(
-            "--strategy=data_parallel is JAX's, and Keras runs on "
-            f"{config.backend}. Choose --strategy=mirrored|multi_worker|tpu, "
-            "or set KERAS_BACKEND=jax."
-        )
-    elif config.strategy != "none" and config.jit_compile:
+    if config.backend != "tensorflow":
+        return
+    if config.strategy != "none" and config.jit_compile:
         raise UserError(
             f"--jit_compile does not work under --strategy={config.strategy}, "
             "and a TPU compiles anyway. Leave one of the two out."
         )
-    elif network.windowed and (config.jit_compile or config.strategy == "tpu"):
+    if network.windowed and (config.jit_compile or config.strategy == "tpu"):
         flag = "--jit_compile" if config.jit_compile else "--strategy=tpu"
         raise UserError(
             f"{flag}: TensorFlow cannot compile the random windows that "

@@ -1,6 +1,7 @@
 """One device, and what a place to train offers."""
 
 import contextlib
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -119,6 +120,10 @@ class OneDevice:
 
     def _said(self, what: Any) -> Any:
         """What the chief says, in all workers; it is made of JSON."""
+        return json.loads(self._sent(json.dumps(what).encode()))
+
+    def _sent(self, content: bytes) -> bytes:
+        """The chief's bytes, in all workers."""
         raise NotImplementedError
 
     def agree(self, wish: bool) -> bool:
