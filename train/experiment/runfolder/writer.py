@@ -146,12 +146,12 @@ class RunWriter(keras.callbacks.Callback):
             newest = self.folder / "model.keras"
             os.replace(self.progress.checkpoint, newest)
             self.progress.checkpoint = newest
-        self._begin_history()  # there may be nothing left to train
+        self._write_history()  # there may be nothing left to train
 
     def on_train_begin(self, logs=None):
-        self._begin_history()
+        self._write_history()
 
-    def _begin_history(self) -> None:
+    def _write_history(self) -> None:
         """Writes the rows that there are, under all columns that will be."""
         # A run that is continued may measure more or less than it did before.
         measured = ["loss", *self.metrics]
@@ -168,11 +168,10 @@ class RunWriter(keras.callbacks.Callback):
         columns |= dict.fromkeys(c for r in self.progress.rows for c in r)
         if self.monitor is not None:
             columns |= dict.fromkeys(self.monitor.columns)
-        self.columns = list(columns)
 
         def write(aside: Path) -> None:
             with aside.open("w", newline="") as file:
-                writer = csv.DictWriter(file, self.columns)
+                writer = csv.DictWriter(file, list(columns))
                 writer.writeheader()
                 writer.writerows(self.progress.rows)
 
@@ -223,9 +222,7 @@ class RunWriter(keras.callbacks.Callback):
         self._check(logs)
         self.progress.rows.append(row)
         self.progress.partial = Partial()
-        if self.writes:
-            with (self.folder / "history.csv").open("a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
+        self._write_history()
         self._save()
         if self.begun.step:
             self.model.stop_training = True
