@@ -159,17 +159,23 @@ def check_data(
         )
 
 
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """What `result.json` holds; `None` if there is none, or it is damaged."""
+    try:
+        result = json.loads((folder / "result.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) else None
+
+
 def settings_of(folder: Path) -> dict[str, Any] | None:
     """The settings of the run in a folder, finished or not; `None` if none.
 
     Of a finished run, all of `result.json`.
     """
-    try:
-        return settings.completed(
-            json.loads((folder / "result.json").read_text("utf-8"))
-        )
-    except (OSError, ValueError, TypeError):
-        pass
+    result = result_of(folder)
+    if result is not None:
+        return settings.completed(result)
     for checkpoint in files.kept(folder / "model.keras"):
         with contextlib.suppress(*DAMAGE):
             return _read(checkpoint)[1]

@@ -5,7 +5,6 @@ processes can work on one sweep: a run that another one is at is passed over.
 """
 
 import csv
-import json
 import math
 import signal
 import statistics
@@ -97,7 +96,7 @@ def job(
 def result(job: Job) -> dict[str, Any] | None:
     """What a finished job has come to; `None` while it is not finished."""
     for folder in (job.folder, job.finished):
-        found = folder and _read_result(folder)
+        found = folder and checkpoint.result_of(folder)
         if found is not None and not conflict(job, folder):
             return found
     return None
@@ -112,13 +111,6 @@ def is_done(job: Job) -> bool:
         and len(rows_of(job.folder)) >= job.until
         and not conflict(job)
     )
-
-
-def _read_result(folder: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((folder / "result.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def conflict(job: Job, folder: Path | None = None) -> str:
