@@ -14,6 +14,7 @@ from absl import flags
 from absl import logging
 
 from experiment.errors import UserError
+from experiment.errors import one_line
 
 HELP = {"-help", "--help", "-helpfull", "--helpfull"}
 FLAGFILES = Path(__file__).resolve().parents[1] / "flags"
@@ -178,12 +179,12 @@ def run(
         # After the flags, whose --verbosity would set it back.
         logging.set_verbosity(logging.ERROR)
     except UserError as wrong:
-        print(f"{name}: {_one_line(wrong)}", file=sys.stderr)
+        print(f"{name}: {one_line(wrong)}", file=sys.stderr)
         return 2
     try:
         program(*[rest] if others else [])
     except UserError as wrong:
-        print(f"{name}: {_one_line(wrong)}", file=sys.stderr)
+        print(f"{name}: {one_line(wrong)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stopped:
         said = str(stopped) or f"interrupted. {interrupted}"
@@ -211,7 +212,3 @@ def _meant(given: str, names: Collection[str]) -> str:
         if lower in (name, "".join(word[0] for word in name.split("_")))
     ] or difflib.get_close_matches(lower, names)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
-
-
-def _one_line(wrong: Exception) -> str:
-    return " ".join(str(wrong).split())

@@ -11,6 +11,7 @@ from experiment import startup
 from experiment.datasets.arrays import Split
 from experiment.datasets.arrays import Splits
 from experiment.errors import UserError
+from experiment.errors import reason
 
 
 def load_digits(*of_others: object) -> Splits:
@@ -102,10 +103,9 @@ def read_tfds(
     except UserError:
         raise
     except Exception as error:  # network, disk, checksums, torn files, ...
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{name} could not be {'fetched' if download else 'read'} "
-            f"({type(error).__name__}: {reason}). Check --data_dir"
+            f"({reason(error)}). Check --data_dir"
             + (" and the network." if download else ", or use --download.")
         ) from error
     return train, test
@@ -167,9 +167,8 @@ def read_arrays(
     except (
         OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error
     ) as error:  # fmt: skip
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{file}: damaged, or no {file.stem} as train/export.py writes it "
-            f"({reason}). Delete it and export it again."
+            f"({reason(error)}). Delete it and export it again."
         ) from error
     return train, test

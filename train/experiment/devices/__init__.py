@@ -18,6 +18,7 @@ from experiment import startup
 from experiment.devices.distributed import Distributed
 from experiment.devices.one import OneDevice
 from experiment.errors import UserError
+from experiment.errors import reason
 
 PATIENCE = 10  # seconds in which a TPU has to answer
 # What `keras.distribution.initialize` reads.
@@ -82,7 +83,7 @@ def multi_worker(config: SimpleNamespace) -> Distributed:
     except (tf.errors.OpError, RuntimeError, ValueError) as error:
         raise UserError(
             f"Worker {worker} of {len(addresses)} at {addresses[worker]} could "
-            f"not join the others ({_first_line(error)}). Start the same "
+            f"not join the others ({reason(error)}). Start the same "
             "command once for each address of TF_CONFIG, with its own index, "
             "and see that the ports are free and reachable."
         ) from error
@@ -146,7 +147,7 @@ def tpu(config: SimpleNamespace) -> Distributed:
     except Exception as error:  # of TensorFlow, of Google's API, of the network
         raise UserError(
             f"--strategy=tpu --tpu={name}: no TPU can be used "
-            f"({_first_line(error)}). Run this on a TPU VM with --tpu=local, "
+            f"({reason(error)}). Run this on a TPU VM with --tpu=local, "
             "or give a TPU's name or grpc:// address; without a TPU choose "
             "--strategy=none|mirrored|multi_worker."
         ) from error
@@ -173,7 +174,7 @@ def data_parallel(config: SimpleNamespace) -> OneDevice:
             keras.distribution.initialize()
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"{place} could not join the others ({_first_line(error)}). "
+                f"{place} could not join the others ({reason(error)}). "
                 "Start the same command on each machine, with its own "
                 f"{PROCESSES[2]}, and see that the first address of "
                 f"{PROCESSES[0]} is free and reachable."
@@ -220,11 +221,6 @@ def _reach(address: str) -> None:
     if address.startswith("grpc://"):
         host, _, port = address.removeprefix("grpc://").rpartition(":")
         socket.create_connection((host, int(port)), PATIENCE).close()
-
-
-def _first_line(error: Exception) -> str:
-    message = (str(error).strip() or "no reason given").splitlines()[0]
-    return f"{type(error).__name__}: {message}"
 
 
 STRATEGIES = {

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import keras
 
 from experiment.errors import UserError
+from experiment.errors import reason
 
 # In what a backend says where a worker is gone.
 _LOST = (
@@ -29,11 +30,9 @@ def is_loss(message: str) -> bool:
 
 def loss(worker: int, workers: int, error: Exception) -> UserError:
     """What a worker says that has lost another one by an error."""
-    reason = getattr(error, "message", str(error)).splitlines()[0]
     return UserError(
-        f"Worker {worker} of {workers} lost another one ("
-        f"{type(error).__name__}: {reason}). Look at what that one said, and "
-        "start all workers again with --resume."
+        f"Worker {worker} of {workers} lost another one ({reason(error)}). "
+        "Look at what that one said, and start all workers again with --resume."
     )
 
 

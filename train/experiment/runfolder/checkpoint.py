@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 import warnings
 import zipfile
@@ -16,6 +15,7 @@ import numpy as np
 from experiment import files
 from experiment import settings
 from experiment.errors import UserError
+from experiment.errors import reason
 from experiment.runfolder.progress import Partial
 from experiment.runfolder.progress import Progress
 
@@ -38,12 +38,7 @@ def look(folder: Path, asked: dict[str, Any], resume: bool) -> Progress:
     Raises:
         UserError: if the folder cannot be used for this run.
     """
-    parent = next(p for p in [folder, *folder.parents] if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(
-            f"{folder}: {parent} is not a folder that can be written to. Give "
-            "another one with --runs_dir."
-        )
+    files.check_writable(folder, folder, "Give another one with --runs_dir.")
     if not folder.exists():
         return Progress()
     if not resume:
@@ -73,7 +68,10 @@ def look(folder: Path, asked: dict[str, Any], resume: bool) -> Progress:
             progress.result["test_error"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             progress.result = None
-            _say(f"{result}: {_damage(error)}; it is written again.")
+            print(
+                f"{result}: damaged ({reason(error)}); it is written again.",
+                file=sys.stderr,
+            )
     begun_epochs = progress.epoch + (progress.partial.step > 0)
     if progress.result is None and begun_epochs > asked["epochs"]:
         raise UserError(
@@ -92,12 +90,13 @@ def _newest(folder: Path) -> tuple[Progress, dict[str, Any]]:
         try:
             progress, begun = _read(checkpoint)
         except DAMAGE as error:
-            wrong.append(_damage(error))
+            wrong.append(f"damaged ({reason(error)})")
             continue
         if wrong:
-            _say(
+            print(
                 f"{newest}: {wrong[0]}; going on from {checkpoint.name}, "
-                f"{progress.place}."
+                f"{progress.place}.",
+                file=sys.stderr,
             )
         return progress, begun
     raise UserError(
@@ -124,14 +123,6 @@ def _read(checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
     )
     progress.saved = progress.place
     return progress, begun
-
-
-def _damage(error: Exception) -> str:
-    return f"damaged ({type(error).__name__}: {error})"
-
-
-def _say(message: str) -> None:
-    print(" ".join(message.split()), file=sys.stderr)
 
 
 def check_data(
@@ -200,7 +191,7 @@ def restore(progress: Progress, model: keras.Model, file: Path) -> None:
     except (OSError, UserWarning, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{progress.checkpoint}: does not fit this run's model "
-            f"({str(error).splitlines()[0]}). Delete the folder to start again."
+            f"({reason(error)}). Delete the folder to start again."
         ) from error
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras_fa
 from experiment.devices.one import Share
+from experiment.errors import one_line
 from experiment.timing import biotorch
 from experiment.timing.memory import bytes_of
 from experiment.timing.memory import operations_of
@@ -44,7 +45,7 @@ def measure(
         try:
             timed[name] = converted(stock, name, FLAGS.feedback_maps)
         except ValueError as wrong:
-            left_out[name] = " ".join(str(wrong).split())
+            left_out[name] = one_line(wrong)
     extra = {
         name: bytes_of(model) - bytes_of(stock) for name, model in timed.items()
     }
