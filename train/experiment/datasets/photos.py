@@ -14,17 +14,18 @@ photos, or none.
 
 import contextlib
 import os
-import re
 from collections.abc import Callable
 from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.utils.version import list_all_versions
 
 from experiment.datasets import DATASETS
 from experiment.devices.one import Share
 from experiment.errors import UserError
+from experiment.errors import reason
 
 NAME = "imagenet2012"
 CLASSES = DATASETS[NAME].classes
@@ -296,12 +297,12 @@ class Photos:
             yield
         except tf.errors.OpError as error:
             # Between two tellings of where in the graph it came up.
-            reason = error.message.split("[[")[0].strip().splitlines()[-1]
+            said = error.message.split("[[")[0].strip().splitlines()[-1]
             here = str(self._info.data_dir) in error.message
-            if "JPEG" in reason:
+            if "JPEG" in said:
                 what = f"these photos do not decode: {self._undecodable()}"
             elif here or isinstance(error, tf.errors.DataLossError):
-                what = f"a file cannot be read ({reason})"
+                what = f"a file cannot be read ({said})"
             else:
                 raise
             raise UserError(
@@ -405,29 +406,24 @@ def find(data_dir: str | None) -> tfds.core.DatasetBuilder:
     Args:
         data_dir: The folder that holds `imagenet2012`; `None`: TFDS's own.
 
-    Returns:
-        A builder that has all that is needed.
-
     Raises:
-        UserError: If there is none.
+        UserError: If there is none that has all that is needed.
     """
     if data_dir is None:
         data_dir = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     home = tfds.core.Path(data_dir).expanduser() / NAME
-    there = sorted(f.name for f in home.iterdir()) if home.is_dir() else []
-    versions = [name for name in there if re.fullmatch(r"\d+\.\d+\.\d+", name)]
-    fitting = [name for name in versions if name.startswith("5.")]
-    halves = [name for name in there if ".incomplete" in name]
+    versions = list_all_versions(home)  # the newest last
+    fitting = [version for version in versions if version.match("5.*.*")]
     if fitting:
-        newest = max(fitting, key=lambda name: [*map(int, name.split("."))])
-        return opened(home / newest)
+        return _opened(home / str(fitting[-1]))
+    halves = sorted(folder.name for folder in home.glob("*.incomplete*"))
     if not home.parent.is_dir():
         found = "no such folder"
     elif halves:
         found = f"{NAME}/{halves[0]}: half prepared, and to be deleted"
     elif versions:
-        found = f"holds version {', '.join(versions)}, and 5.0.0 or later 5 is"
-        found += " needed"
+        found = f"holds version {', '.join(map(str, versions))}, and 5.0.0 or "
+        found += "later 5 is needed"
     else:
         found = f"holds no {NAME}"
     raise UserError(
@@ -436,50 +432,45 @@ def find(data_dir: str | None) -> tfds.core.DatasetBuilder:
     )
 
 
-def opened(folder: tfds.core.Path) -> tfds.core.DatasetBuilder:
-    """Opens a version's folder and checks that it is complete.
-
-    Args:
-        folder: It holds `dataset_info.json`, features and record files.
-
-    Raises:
-        UserError: If something is missing, or is not as it should be.
-    """
+def _opened(folder: tfds.core.Path) -> tfds.core.DatasetBuilder:
     there = {file.name for file in folder.iterdir()}
     missing = {"dataset_info.json", "features.json"} - there
-    found = ""
-    if not missing:
-        try:
+    builder, found = None, ""
+    try:
+        if not missing:
             builder = tfds.builder_from_directory(folder)
-        except Exception as error:  # torn or foreign JSON, in many ways
-            reason = (str(error).strip() or type(error).__name__).splitlines()
-            raise UserError(
-                f"{folder}: TensorFlow Datasets cannot read what it is "
-                f"({type(error).__name__}: {reason[0]}). {AGAIN}"
-            ) from error
-        splits, features = builder.info.splits, builder.info.features
-        kind = builder.info.file_format
-        if kind != tfds.core.FileFormat.TFRECORD:
-            found = f"its files are {kind.value}, and tfrecord is read"
-        elif not {"train", "validation"} <= set(splits):
-            found = f"has the splits {', '.join(splits) or 'none'}, and train "
-            found += "and validation are needed"
-        elif not (
-            {"image", "label", "file_name"} <= set(features)
-            and features["image"].np_dtype == np.uint8
-            and getattr(features["label"], "num_classes", 0) == CLASSES
-        ):
-            found = f"its photos have {', '.join(features)}, and image, label "
-            found += f"(of {CLASSES} classes) and file_name are needed"
-        else:
-            missing = {
-                name
-                for s in ("train", "validation")
-                for name in splits[s].filenames
-            } - there
+            found = _unfit(builder.info)
+    except Exception as error:  # torn or foreign JSON, in many ways
+        found = f"TensorFlow Datasets cannot read what it is ({reason(error)})"
+    if builder and not found:
+        missing = {
+            name
+            for split in ("train", "validation")
+            for name in builder.info.splits[split].filenames
+        } - there
     if missing:
         found = f"half prepared: {len(missing)} of its files are not there, "
         found += f"such as {min(missing)}"
     if found:
         raise UserError(f"{folder}: {found}. {AGAIN}")
     return builder
+
+
+def _unfit(info: tfds.core.DatasetInfo) -> str:
+    """Why a data set cannot be read as ImageNet, or an empty string."""
+    features = info.features
+    if info.file_format != tfds.core.FileFormat.TFRECORD:
+        return f"its files are {info.file_format.value}, and tfrecord is read"
+    if not {"train", "validation"} <= set(info.splits):
+        has = ", ".join(info.splits) or "none"
+        return f"has the splits {has}, and train and validation are needed"
+    if (
+        {"image", "label", "file_name"} <= set(features)
+        and features["image"].np_dtype == np.uint8
+        and getattr(features["label"], "num_classes", 0) == CLASSES
+    ):
+        return ""
+    return (
+        f"its photos have {', '.join(features)}, and image, label (of "
+        f"{CLASSES} classes) and file_name are needed"
+    )
