@@ -365,22 +365,16 @@ def test_input_of_imagenet(tmp_path: Path, capsys: Any) -> None:
     assert run(*TINY, *arguments) == 0
     results = json.loads(out.with_suffix(".json").read_text())
     assert results["results"] == []
-    rows = {row["name"]: row for row in results["input"]["rows"]}
-    ours, whole = rows["windows decoded"], rows["whole photos decoded"]
-    cores = results["machine"]["cores"]
-    for row in (ours, whole):
-        assert len(row["seconds_per_step"]) == 3
-        per_second = 4 / row["median_seconds"]
-        assert row["images_per_second"] == per_second
-        assert row["images_per_second_and_core"] == per_second / cores
-    assert ours["ours_is_faster_by"]["median"] == 1
-    assert whole["ours_is_faster_by"] == measure.spread(
-        whole["seconds_per_step"], ours["seconds_per_step"]
-    )
+    found, cores = results["input"], results["machine"]["cores"]
+    assert len(found["seconds_per_step"]) == 3
+    per_second = 4 / found["median_seconds"]
+    assert found["images_per_second"] == per_second
+    assert found["images_per_second_and_core"] == per_second / cores
     table = timings.input_table(results["input"])
     assert table in capsys.readouterr().out
     assert table in out.with_suffix(".md").read_text()
     assert "6 photos of ImageNet to 224x224" in table
+    assert f"{per_second:,.0f} images/s, " in table
 
 
 @pytest.mark.slow

@@ -40,9 +40,6 @@ PREPARE = (
 )
 AGAIN = f"Delete the folder and prepare {NAME} again, as tfrecord. {PREPARE}"
 
-# A JPEG and `[y, x, height, width]` to the pixels of that window.
-Decode = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
-
 
 def decode_window(photo: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
     """Decodes a window `[y, x, height, width]` of a JPEG.
@@ -105,7 +102,6 @@ class Photos:
         seed: int,
         first_step: int,
         epochs: int,
-        decode: Decode = decode_window,
     ) -> tf.data.Dataset:
         """The training batches of a process, from a step on.
 
@@ -155,9 +151,7 @@ class Photos:
 
         def pixels(number: tf.Tensor, photo: tf.Tensor) -> tf.Tensor:
             drawn = tf.stack([tf.constant(seed, tf.int64), number])
-            return training_pixels(
-                photo, drawn, self._size, decode, self._crop_area
-            )
+            return training_pixels(photo, drawn, self._size, self._crop_area)
 
         photos = (
             tf.data.Dataset.range(first_epoch, epochs)
@@ -342,11 +336,7 @@ class Photos:
 
 
 def training_pixels(
-    photo: tf.Tensor,
-    seed: tf.Tensor,
-    size: int,
-    decode: Decode,
-    crop_area: float,
+    photo: tf.Tensor, seed: tf.Tensor, size: int, crop_area: float
 ) -> tf.Tensor:
     """A random window of a JPEG, resized, half of the time mirrored.
 
@@ -354,7 +344,7 @@ def training_pixels(
     """
     even = seed * [1, 2]  # two draws, and a seed of its own for each
     window = random_window(tf.io.extract_jpeg_shape(photo), even, crop_area)
-    image = resized(decode(photo, window), size)
+    image = resized(decode_window(photo, window), size)
     mirrored = tf.random.stateless_uniform((), even + [0, 1]) < 0.5
     return tf.cond(mirrored, lambda: tf.reverse(image, [1]), lambda: image)
 

@@ -14,9 +14,8 @@ which builds the model and trains a few steps, less what it held before:
 resident memory on a CPU, the device's own count on an accelerator. The
 alignment monitor's row is one measurement on a probe of 256 images, as a
 multiple of one training step. With --input, training batches of ImageNet are
-made and dropped, in turn as in training and with each photo decoded whole
-before its window is cut out. With --peak_tflops, the share of the peak is that
-of the operations that backpropagation needs,
+made and dropped. With --peak_tflops, the share of the peak is that of the
+operations that backpropagation needs,
 
     2 batch (3 (sum of all layers' multiply-adds) - (the first layer's)),
 

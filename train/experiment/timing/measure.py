@@ -114,7 +114,7 @@ def measure(
 
 
 def measure_input(photos: Any) -> dict[str, Any]:
-    """Times the input of ImageNet, with two ways to decode.
+    """Times the input of ImageNet.
 
     Args:
         photos: A `photos.Photos`.
@@ -122,49 +122,25 @@ def measure_input(photos: Any) -> dict[str, Any]:
     Returns:
         The entry `input` in the JSON file.
     """
-    import tensorflow as tf
-
-    def cut_whole(photo: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
-        whole = tf.io.decode_jpeg(photo, channels=3)
-        y, x, height, width = tf.unstack(window)
-        return whole[y : y + height, x : x + width]
-
     size = FLAGS.batch_size
-    run = {
-        "share": Share(),
-        "batch_size": size,
-        "steps_per_epoch": photos.training_images // size,
-        "seed": 0,
-        "first_step": 0,
-        "epochs": 1_000_000,
-    }
-    seconds, order = in_turn(
-        {
-            "windows decoded": Input(photos.training(**run), FLAGS.steps),
-            "whole photos decoded": Input(
-                photos.training(**run, decode=cut_whole), FLAGS.steps
-            ),
-        },
-        FLAGS.rounds,
+    batches = photos.training(
+        Share(),
+        batch_size=size,
+        steps_per_epoch=photos.training_images // size,
+        seed=0,
+        first_step=0,
+        epochs=1_000_000,
     )
-    rows = []
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        rows.append(
-            {
-                "name": name,
-                "seconds_per_step": times,
-                "median_seconds": median,
-                "images_per_second": size / median,
-                "images_per_second_and_core": size / median / cores(),
-                "ours_is_faster_by": spread(times, seconds["windows decoded"]),
-            }
-        )
+    timed = Input(batches, FLAGS.steps)
+    times = [timed.block() for _ in range(1 + FLAGS.rounds)][1:]
+    median = statistics.median(times)
     return {
         "image_size": INPUT_SIZE,
         "photos": photos.training_images,
-        "rows": rows,
-        "order": order,
+        "seconds_per_step": times,
+        "median_seconds": median,
+        "images_per_second": size / median,
+        "images_per_second_and_core": size / median / cores(),
     }
 
 
