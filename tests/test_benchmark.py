@@ -227,6 +227,20 @@ def test_peak_of_memory() -> None:
     assert large - small > 4000 * activations
 
 
+def test_memory_on_a_system_that_does_not_tell(
+    written: tuple[dict, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "accelerator", lambda: None)
+    monkeypatch.setattr(memory, "STATUS", Path("nowhere"))
+    peak = memory.peak_of_training("digits", "float32", None, "dense", 4, 1)
+    assert peak is None
+    results, text = written
+    assert "not measured |" in text  # as with --nomemory
+    machine = {**results["machine"], "memory_bytes": None}
+    text = timings.report({**results, "machine": machine})
+    assert "memory not measured, accelerator" in text
+
+
 def test_a_method_that_does_not_fit_is_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:

@@ -98,7 +98,7 @@ def _number(value: float | None, form: str) -> str:
 
 def _memory(value: int | None, stock: int | None) -> str:
     if value is None or not stock:
-        return "-"
+        return "not measured"
     return f"{value / 2**20:,.0f} MiB ({value / stock:.2f})"
 
 
@@ -106,6 +106,9 @@ def report(results: dict[str, Any]) -> str:
     """The Markdown file."""
     machine, versions = results["machine"], results["versions"]
     git = results["git"] or {"commit": "not known", "dirty": False}
+    memory = "memory not measured"
+    if machine["memory_bytes"]:
+        memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
     settings = results["settings"]
     environment = [f"{k}={v}" for k, v in results["environment"].items()]
     return "\n".join(
@@ -113,9 +116,8 @@ def report(results: dict[str, Any]) -> str:
             "# Benchmark\n",
             f"- command: `{' '.join([*environment, *results['command']])}`",
             f"- date: {results['date']}",
-            f"- machine: {machine['cpu']}, {machine['cores']} cores, "
-            f"{machine['memory_bytes'] / 2**30:.0f} GiB, accelerator: "
-            f"{machine['accelerator'] or 'none'}",
+            f"- machine: {machine['cpu']}, {machine['cores']} cores, {memory}, "
+            f"accelerator: {machine['accelerator'] or 'none'}",
             "- versions: "
             + ", ".join(f"{name} {v}" for name, v in versions.items()),
             f"- commit: {git['commit']}"
@@ -142,7 +144,9 @@ def surroundings() -> dict[str, Any]:
             "cpu": _cpu(),
             "cores": cores(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE")
-            * os.sysconf("SC_PHYS_PAGES"),
+            * os.sysconf("SC_PHYS_PAGES")
+            if hasattr(os, "sysconf")
+            else None,
             "accelerator": accelerator(),
         },
         "versions": {
