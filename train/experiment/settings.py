@@ -428,25 +428,15 @@ TABLE = (
 BY_NAME = {setting.name: setting for setting in TABLE}
 
 
-def names(*roles: Role, **attributes: bool) -> tuple[str, ...]:
-    """The names of the settings of some roles.
-
-    Args:
-        *roles: Of the settings; all, if there is none.
-        **attributes: What attributes of a `Setting` have to be.
-    """
-    return tuple(
-        setting.name
-        for setting in TABLE
-        if setting.role in (roles or Role)
-        and all(getattr(setting, k) == v for k, v in attributes.items())
-    )
+def names(*roles: Role) -> tuple[str, ...]:
+    """The names of the settings of some roles."""
+    return tuple(setting.name for setting in TABLE if setting.role in roles)
 
 
 NAMING = names(Role.NAMING)
 RECIPE = names(Role.RECIPE)
 RECORDED = names(Role.NAMING, Role.RECIPE, Role.EXECUTION)
-FIXED = names(fixed=True)
+FIXED = tuple(setting.name for setting in TABLE if setting.fixed)
 
 FLAGS = flags.FLAGS
 for _setting in TABLE:
