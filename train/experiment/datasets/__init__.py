@@ -34,11 +34,7 @@ class Dataset(NamedTuple):
         image_shape: Height, width and channels of its images.
         classes: How many there are.
         scaling: Makes the layer that scales pixels.
-        model: The network for it.
-        epochs: As main.py's flag, like all that follow.
-        batch_size: Images in a step.
-        optimizer: Its optimizer.
-        warmup_epochs: Its warm-up.
+        model, epochs, batch_size, optimizer, warmup_epochs: As main.py's flags.
         mirror: Whether the model is to mirror images in training.
         streamed: Whether it does not fit into memory.
         images: Of a data set of which there are samples, all training images.
@@ -72,9 +68,7 @@ class Dataset(NamedTuple):
     ) -> list[keras.layers.Layer]:
         """The layers that turn its images into what a network sees.
 
-        Args:
-            input_shape: Of the network's input.
-            pad: Black pixels around an image in training.
+        In training there are `pad` black pixels around an image.
         """
         return preprocessing(
             self.image_shape, input_shape, self.scaling, pad, self.mirror
@@ -96,9 +90,7 @@ class Dataset(NamedTuple):
 def _in_memory(load: Callable[..., Splits], **about: Any) -> Dataset:
     """The entry of a data set that fits into memory.
 
-    Args:
-        load: `(image_shape, classes, data_dir, download)` to its parts.
-        **about: The other attributes of `Dataset`.
+    `load` takes `(image_shape, classes, data_dir, download)` to its parts.
     """
 
     def arrays(config: SimpleNamespace) -> Arrays:

@@ -59,11 +59,6 @@ def read_tfds(
 ) -> tuple[Split, Split]:
     """The splits `train` and `test` of a data set of TensorFlow Datasets.
 
-    Args:
-        name: The data set's.
-        data_dir: The folder it is prepared in; `None`: TFDS's own default.
-        download: Whether to fetch it where it is not there.
-
     Raises:
         UserError: If it is not there, or cannot be fetched or read.
     """
@@ -134,11 +129,6 @@ def read_arrays(
     file: Path, image_shape: tuple[int, int, int], classes: int
 ) -> tuple[Split, Split]:
     """Reads what `write_arrays` has written, and checks that it fits.
-
-    Args:
-        file: The archive, `<data set>.npz`.
-        image_shape: Of the data set.
-        classes: Of the data set.
 
     Raises:
         UserError: If it is damaged, or holds something else.

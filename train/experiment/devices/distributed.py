@@ -27,10 +27,7 @@ from keras_fa.layers.feedback import all_variables
 class Distributed(OneDevice):
     """The replicas of a `tf.distribute.Strategy`.
 
-    Args:
-        strategy: The strategy.
-        worker: The place of this process among the workers.
-        workers: The number of processes.
+    This process is that of a worker, of so many workers.
     """
 
     def __init__(
@@ -71,12 +68,8 @@ class Distributed(OneDevice):
     def _function(self, step: Callable[[Any], Any], steps: int) -> Callable:
         """Some steps of all replicas as one compiled function of an iterator.
 
-        Args:
-            step: Of one replica: a batch to a dict of scalars.
-            steps: How many.
-
-        Returns:
-            A function that returns the scalars of the last step, averaged.
+        A step takes a batch of one replica to a dict of scalars; the function
+        returns those of the last one, averaged.
         """
         import tensorflow as tf
 

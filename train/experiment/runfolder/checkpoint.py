@@ -176,10 +176,7 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
 def restore(progress: Progress, model: keras.Model, file: Path) -> None:
     """Puts a compiled model back to where its checkpoint was.
 
-    Args:
-        progress: What the checkpoint says beside the weights.
-        model: The model.
-        file: The checkpoint, or a copy of it.
+    The file is the checkpoint, or a copy of it.
     """
     try:
         if not model.optimizer.built:
