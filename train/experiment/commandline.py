@@ -53,24 +53,11 @@ def find_flagfiles(argv: list[str]) -> list[str]:
 
 
 def definers(values: flags.FlagValues) -> SimpleNamespace:
-    """What defines flags of a program: `integer`, `bool`, `list` and so on."""
-    kinds = (
-        "bool",
-        "enum",
-        "float",
-        "integer",
-        "list",
-        "multi_string",
-        "string",
-    )
-    return SimpleNamespace(
-        **{
-            kind: functools.partial(
-                getattr(flags, f"DEFINE_{kind}"), flag_values=values
-            )
-            for kind in kinds
-        }
-    )
+    """What defines flags of a program: `integer`, `bool` and so on."""
+    kinds = "bool enum float integer multi_string string".split()
+    makers = [getattr(flags, f"DEFINE_{kind}") for kind in kinds]
+    bound = [functools.partial(make, flag_values=values) for make in makers]
+    return SimpleNamespace(**dict(zip(kinds, bound)))
 
 
 def define_names(
