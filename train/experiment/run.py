@@ -57,11 +57,10 @@ def train(config: SimpleNamespace) -> None:
             stack.enter_context(placement.watched())
             Run(config, placement, termination, stack).go()
     except Stopped as stopped:
-        # Below Keras's progress bar, where there is one.
-        print("\n" * sys.stdout.isatty(), end="", flush=True)
         if termination.interrupted:
             raise KeyboardInterrupt(stopped) from stopped
-        print(stopped, flush=True)
+        # Below Keras's progress bar, where there is one.
+        print("\n" * sys.stdout.isatty() + str(stopped), flush=True)
 
 
 @dataclasses.dataclass
