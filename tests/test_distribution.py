@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import forks
 import keras
@@ -227,7 +228,7 @@ def test_wrong_processes(
     for name, value in zip(devices.PROCESSES, values):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="do not describe processes"):
-        devices.data_parallel(0, None)
+        devices.data_parallel(SimpleNamespace(virtual_devices=0))
 
 
 # Several processes, which is several machines as far as JAX knows.

@@ -496,12 +496,38 @@ def test_failed_run_is_named_and_the_others_go_on(tmp_path, capfd):
     assert (tmp_path / "digits-digits-fa-s0" / "result.json").exists()
 
 
+@pytest.mark.usefixtures("forked")
+def test_without_data_one_run_says_so_once(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(commandline, "FLAGFILES", tmp_path)
+    begun = []
+    monkeypatch.setattr(
+        sweep.subprocess,
+        "Popen",
+        lambda *a, **k: begun.append(a) or forks.Fork(*a, **k),
+    )
+    for program in (search, reproduce):
+        name = f"{program.__name__}.py"
+        command = [name, "--column=mnist", "--methods=bp,fa"]
+        if program is reproduce:
+            assert search.run(["search.py", *command[1:], "--nosearch"]) == 0
+        where = [f"--data_dir={tmp_path / 'none'}"]
+        where += [f"--runs_dir={tmp_path / 'runs'}"]
+        begun.clear()
+        capfd.readouterr()
+        assert program.run([*command, *where]) == 1
+        output, errors = capfd.readouterr()
+        assert len(begun) == 1
+        assert re.fullmatch(rf"{name}: 1 run\(s\) failed: .+\n", errors)
+        assert (output + errors).count("no such folder") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ("", "column"),
         ("--column=svhn", "cifar10_1"),
-        ("--column=digits --methods=fa,nonsense", "fa_usf_sn"),
+        ("--column=digits --methods=fa,nonsense", "Allowed: bp, "),
+        ("--column=digits --methods=bp,FA", "FA: no such name (did you mean"),
         ("--column=digits --seeds=0", "seeds"),
         ("--column=digits --method=fa", "cannot be given here"),
         ("--column=digits --flagfile=digits_bp.flags", "cannot be given here"),

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 from backends import long_on_jax
 from backends import requires_tensorflow
+from filelock import FileLock
 
 from experiment import commandline
 from experiment import files
@@ -181,11 +183,18 @@ def test_terminated_run_goes_on(moments, whole, tmp_path, monkeypatch, capfd):
             status = 130 if number == signal.SIGINT else 0
             assert begin(tmp_path, "--resume") == status
         output, errors = capfd.readouterr()
-        last = output.strip().splitlines()[-1]
-        assert last.startswith(f"{folder}: stopped")
+        said = f"{folder}: stopped"
+        if number == signal.SIGINT:
+            stopping, last = errors.splitlines()
+            assert stopping.startswith("Stopping after this step")
+            assert last.startswith(f"main.py: {said}")
+            assert said not in output
+        else:
+            assert errors == ""
+            last = output.strip().splitlines()[-1]
+            assert last.startswith(said)
         assert place in last
         assert "--resume" in last
-        assert bool(errors) == (number == signal.SIGINT), errors
         assert not (folder / "result.json").exists()
         assert signal.getsignal(signal.SIGTERM) is before
     assert begin(tmp_path, "--resume") == 0
@@ -241,9 +250,12 @@ def test_interrupted(monkeypatch, capfd):
         os.kill(os.getpid(), signal.SIGTERM)
         assert termination.asked
         assert not termination.interrupted
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         interrupt()
         assert termination.interrupted
-        assert "again interrupts at once" in capfd.readouterr().err
+        said = capfd.readouterr().err
+        assert said.startswith("\nStopping after this step")  # of its own
+        assert "again interrupts at once" in said
         with pytest.raises(KeyboardInterrupt):
             interrupt()
     assert signal.getsignal(signal.SIGINT) is before
@@ -265,23 +277,29 @@ def test_a_look_at_a_lock_changes_nothing(tmp_path):
     with lock.held(folder):
         assert lock.is_held(folder)
     assert not lock.is_held(folder)
-
-
-def test_a_look_at_a_lock_makes_no_folder(tmp_path, monkeypatch):
-    """Nor one that vanishes while it looks."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / lock.LOCK).touch()
-    unpatched = lock.fcntl.flock
-
-    def vanishing(*arguments):
-        shutil.rmtree(folder)
-        unpatched(*arguments)
-
-    monkeypatch.setattr(lock.fcntl, "flock", vanishing)
-    assert not lock.is_held(folder)
+    shutil.rmtree(folder)
     assert not lock.is_held(folder)
     assert not folder.exists()
+
+
+def test_a_look_at_a_lock_waits_for_another_look(tmp_path, monkeypatch):
+    """Which keeps it for a moment."""
+    monkeypatch.setattr(lock, "PATIENCE", 60)
+    (tmp_path / lock.LOCK).touch()
+    looking, looked = threading.Event(), []
+
+    def look():
+        with FileLock(tmp_path / lock.LOCK):
+            looking.set()
+            time.sleep(0.2)
+            looked.append(True)
+
+    other = threading.Thread(target=look)
+    other.start()
+    looking.wait()
+    assert not lock.is_held(tmp_path)
+    assert looked
+    other.join()
 
 
 # Killed.

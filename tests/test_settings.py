@@ -6,6 +6,7 @@ from pathlib import Path
 import main  # noqa: F401 - before all that imports Keras
 import pytest
 
+from experiment import commandline
 from experiment import settings
 from experiment.settings import Role
 from experiment.settings import Setting
@@ -46,7 +47,7 @@ def test_rows_are_complete():
     ],
 )
 def test_bounds(bounds, words, within, beyond):
-    setting = Setting("rate", Role.RECIPE, float, None, "", bounds)
+    setting = Setting(Role.RECIPE, "rate", float, None, "", bounds)
     assert setting.limits == words
     assert all(map(setting.allows, (*within, None)))
     assert not any(map(setting.allows, beyond))
@@ -63,6 +64,31 @@ def test_what_a_result_lacks_equals_its_default(name):
     assert settings.completed(result)[name] == default
     assert settings.difference(result, mnist(**{name: default}), [name]) is None
     assert settings.difference(result, mnist(**{name: -1}), [name]) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "other"),
+    [("image_size", 224, 64), ("crop_area", 0.08, 0.5)],
+)
+def test_default_of_photos_is_that_of_their_data_set(name, value, other):
+    """Given or not, and so of a run that recorded none."""
+
+    def config_of(*arguments):
+        arguments = ["main.py", "--dataset=imagenet2012", *arguments]
+        commandline.parse(settings.FLAGS, arguments)
+        return vars(settings.given())
+
+    left_out, given = config_of(), config_of(f"--{name}={value}")
+    assert left_out == given
+    assert given[name] == value
+    older = {**given, name: None}
+    assert settings.difference(older, given, [name]) is None
+    assert settings.completed(older)[name] == value
+    changed = config_of(f"--{name}={other}")
+    assert settings.difference(older, changed, [name]) == name
+    default = str(settings.BY_NAME[name].default)
+    assert default == f"{value} on imagenet2012"
+    assert settings.is_default(name, settings.completed(mnist())[name])
 
 
 def test_committed_results_count():

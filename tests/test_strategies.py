@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import forks
 import keras
@@ -121,11 +122,8 @@ def alone(network, tmp_path_factory):
 @pytest.fixture
 def mirrored(strategy, network, monkeypatch):
     """`--strategy=mirrored` is this process's two replicas."""
-    monkeypatch.setitem(
-        devices.STRATEGIES,
-        "mirrored",
-        lambda *_: devices.Distributed(strategy),
-    )
+    opened = devices.Strategy(lambda config: devices.Distributed(strategy))
+    monkeypatch.setitem(devices.STRATEGIES, "mirrored", opened)
 
 
 # Replicas in one process.
@@ -350,7 +348,8 @@ def test_workers_with_different_flags(tmp_path, monkeypatch, capfd):
                 "settings": {**told["settings"], "optimizer": "adam"},
             }
 
-    monkeypatch.setitem(devices.STRATEGIES, "none", lambda *_: Worker())
+    opened = devices.Strategy(lambda config: Worker())
+    monkeypatch.setitem(devices.STRATEGIES, "none", opened)
     assert begin(tmp_path, "fa_usf_sn") == 1
     errors = capfd.readouterr().err
     assert len(errors.splitlines()) == 1
@@ -449,7 +448,7 @@ def test_tpu_is_resolved_by_its_name(strategy, monkeypatch):
         tf.tpu.experimental, "initialize_tpu_system", note("initialize")
     )
     monkeypatch.setattr(tf.distribute, "TPUStrategy", made)
-    placement = devices.tpu(0, "node-1")
+    placement = devices.tpu(SimpleNamespace(tpu="node-1"))
     assert calls == ["node-1", ("connect", Resolver), ("initialize", Resolver)]
     assert (placement.replicas, placement.workers, placement.chief) == (2, 1, 1)
 

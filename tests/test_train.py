@@ -370,7 +370,7 @@ def test_resume(train, tmp_path):
 
     status, output, _ = train(*bp, "--epochs=1", "--resume")
     assert status == 0
-    assert "finished already, after 1 epochs" in output
+    assert "finished already, after epoch 1." in output
     assert (folder / "result.json").stat().st_mtime_ns == before
 
     status, _, errors = train(*bp, "--epochs=2", "--resume", "--batch_size=9")
@@ -387,6 +387,25 @@ def test_resume(train, tmp_path):
     assert float(rows[0]["learning_rate"]) == pytest.approx(0, abs=1e-9)
     assert float(rows[1]["learning_rate"]) == pytest.approx(0.0125, rel=1e-3)
     assert json.loads((folder / "result.json").read_text())["epochs"] == 3
+
+
+@pytest.mark.parametrize(
+    ("dataset", "images", "of_a_sample"),
+    [
+        ("imagenet2012", 250, True),
+        ("imagenet2012", 1_281_167, False),
+        ("imagenet2012", None, False),  # of an old run
+        ("digits", 1293, False),
+    ],
+)
+def test_last_words_on_a_sample(dataset, images, of_a_sample, capsys):
+    result = {"dataset": dataset, "training_images": images, "epochs": 1}
+    result |= {"test_error": 4.0, "test_top5_error": 2.0, "seconds": 1.0}
+    result |= {"train_error": 5.0, "validation_error": 4.0}
+    experiment_run.report(Path("run"), result)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("Test error 4.00 %, top-5 2.00 %")
+    assert ("on a sample, which says nothing" in first) == of_a_sample
 
 
 def test_resume_of_a_folder_without_a_checkpoint_starts(train, tmp_path):
@@ -685,6 +704,7 @@ def test_every_flag_is_explained():
     for name in vars(settings.given()).keys() - {"backend"}:
         assert len(settings.FLAGS[name].help) > 20, name
         assert f"--{name}" in explained or f"--[no]{name}" in explained
+    assert "--normalization=batch" in settings.FLAGS["fixed_signs"].help
 
 
 # Data.

@@ -6,10 +6,10 @@ With STOP=n in the environment it sends itself SIGTERM at the end of the n-th
 step of the second epoch.
 """
 
-import functools
 import os
 import signal
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import main  # before all that imports Keras
@@ -55,12 +55,24 @@ def stop_at(number: int) -> None:
     writer.RunWriter.on_train_batch_end = terminated
 
 
+def joined_once(strategy: devices.Strategy) -> devices.Strategy:
+    """A strategy whose devices are opened by the first run for all."""
+    opened: list[devices.OneDevice] = []
+
+    def open(config: SimpleNamespace) -> devices.OneDevice:
+        if not opened:
+            opened.append(strategy.open(config))
+        return opened[0]
+
+    return strategy._replace(open=open)
+
+
 if __name__ == "__main__":
     if "STOP" in os.environ:
         stop_at(int(os.environ["STOP"]))
     networks.NETWORKS.update(NETWORKS)
-    for name in ("multi_worker", "data_parallel"):  # joined once
-        devices.STRATEGIES[name] = functools.cache(devices.STRATEGIES[name])
+    for name in ("multi_worker", "data_parallel"):
+        devices.STRATEGIES[name] = joined_once(devices.STRATEGIES[name])
     for command_line in sys.argv[1:]:
         status = main.run(["main.py", *command_line.split()])
         if status:

@@ -12,7 +12,6 @@ it is measured.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -41,12 +40,11 @@ from keras_fa.methods import METHODS
 def benchmark() -> None:
     """The program."""
     out = Path(FLAGS.out).expanduser()
-    parent = next(p for p in out.parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(
-            f"--out={out}: {parent} is not a folder that can be written to. "
-            "Give the path of the files without their suffix."
-        )
+    files.check_writable(
+        out.parent,
+        f"--out={out}",
+        "Give the path of the files without their suffix.",
+    )
     if FLAGS.profile and (BACKEND != "tensorflow" or accelerator()):
         raise UserError(
             "--profile: operations are told apart by TensorFlow on a CPU, and "

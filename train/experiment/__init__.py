@@ -2,7 +2,7 @@
 
     settings.py    the table of settings: flags, their bounds, what a recipe is
     run.py         a run: data, model, training, report
-    model.py       a network under a method, and its optimiser
+    model.py       a network under a method, and its optimizer
     datasets/      a data set is an entry of DATASETS
     networks/      a network is an entry of NETWORKS
     devices/       a way to distribute is an entry of STRATEGIES

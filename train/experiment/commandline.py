@@ -5,6 +5,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from absl import flags
 from absl import logging
 
 from experiment.errors import UserError
+from experiment.errors import one_line
 
 HELP = {"-help", "--help", "-helpfull", "--helpfull"}
 FLAGFILES = Path(__file__).resolve().parents[1] / "flags"
@@ -51,24 +53,43 @@ def find_flagfiles(argv: list[str]) -> list[str]:
 
 
 def definers(values: flags.FlagValues) -> SimpleNamespace:
-    """What defines flags of a program: `integer`, `bool`, `list` and so on."""
-    kinds = (
-        "bool",
-        "enum",
-        "float",
-        "integer",
-        "list",
-        "multi_string",
-        "string",
-    )
-    return SimpleNamespace(
-        **{
-            kind: functools.partial(
-                getattr(flags, f"DEFINE_{kind}"), flag_values=values
-            )
-            for kind in kinds
-        }
-    )
+    """What defines flags of a program: `integer`, `bool` and so on."""
+    kinds = "bool enum float integer multi_string string".split()
+    makers = [getattr(flags, f"DEFINE_{kind}") for kind in kinds]
+    bound = [functools.partial(make, flag_values=values) for make in makers]
+    return SimpleNamespace(**dict(zip(kinds, bound)))
+
+
+def define_names(
+    values: flags.FlagValues,
+    flag: str,
+    default: Sequence[str] | None,
+    allowed: Collection[str],
+    text: str,
+    least: int = 0,
+) -> None:
+    """Defines a flag of names, separated by commas.
+
+    Args:
+        values: The program's flags.
+        flag: Its name.
+        default: Its value where none is given.
+        allowed: The names there are; the help lists them.
+        text: The rest of the help.
+        least: How many there have to be.
+    """
+
+    def check(given: Sequence[str] | None) -> bool:
+        for name in given or ():
+            if name not in allowed:
+                raise UserError(_not_among(flag, name, allowed, "name"))
+        if given is not None and len(given) < least:
+            raise UserError(f"--{flag}= is empty. Name one, or leave it out.")
+        return True
+
+    text = f"{text} Names: {', '.join(allowed)}."
+    flags.DEFINE_list(flag, default, text, flag_values=values)
+    flags.register_validator(flag, check, flag_values=values)
 
 
 def parse(
@@ -102,7 +123,7 @@ def parse(
             name, value = given.groups()
             if isinstance(values[name], flags.EnumFlag):
                 names = values[name].parser.enum_values
-                raise UserError(_not_among(name, value, names)) from wrong
+                raise UserError(_not_among(name, value, names, name)) from wrong
             about = f" --{name}: {values[name].help}"
         raise UserError(f"{str(wrong).rstrip('.')}.{about}") from wrong
     if rest and not others:
@@ -129,7 +150,8 @@ def run(
         program: What it does, once they are set. With `others` it is given
             the flags that are not its own.
         about: What `--help` says before it lists the flags.
-        interrupted: What to tell a user who stops the program.
+        interrupted: What to tell a user who stops the program, where the
+            interrupt itself says nothing.
         others: Whether there may be flags of another program on it.
 
     Returns:
@@ -144,30 +166,31 @@ def run(
         # After the flags, whose --verbosity would set it back.
         logging.set_verbosity(logging.ERROR)
     except UserError as wrong:
-        print(f"{name}: {_one_line(wrong)}", file=sys.stderr)
+        print(f"{name}: {one_line(wrong)}", file=sys.stderr)
         return 2
     try:
         program(*[rest] if others else [])
     except UserError as wrong:
-        print(f"{name}: {_one_line(wrong)}", file=sys.stderr)
+        print(f"{name}: {one_line(wrong)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted. {interrupted}", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        said = str(stopped) or f"interrupted. {interrupted}"
+        print(f"{name}: {said}", file=sys.stderr)
         return 130
     return 0
 
 
-def _not_among(flag: str, value: str, names: Sequence[str]) -> str:
+def _not_among(flag: str, value: str, names: Collection[str], kind: str) -> str:
     """What to say of a value that is none of those there are."""
     allowed = ", ".join(names)
     if value == "None":
         return f"--{flag} is needed: one of {allowed}."
     meant = _meant(value, names)
     rest = "--helpfull lists all." if meant else f"Allowed: {allowed}."
-    return f"--{flag}={value}: no such {flag}{meant}. {rest}"
+    return f"--{flag}={value}: no such {kind}{meant}. {rest}"
 
 
-def _meant(given: str, names: Sequence[str]) -> str:
+def _meant(given: str, names: Collection[str]) -> str:
     """Which names somebody may have meant, as a question in brackets."""
     lower = given.lower()
     close = [
@@ -176,7 +199,3 @@ def _meant(given: str, names: Sequence[str]) -> str:
         if lower in (name, "".join(word[0] for word in name.split("_")))
     ] or difflib.get_close_matches(lower, names)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
-
-
-def _one_line(wrong: Exception) -> str:
-    return " ".join(str(wrong).split())

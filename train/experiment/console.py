@@ -26,11 +26,8 @@ class Console(keras.callbacks.Callback):
 
     Once a minute within an epoch where Keras shows no progress bar, and after
     each whole epoch as long as a minute or more is left of the run. The first
-    steps, which compile, are not counted.
-
-    Args:
-        epochs: Of the whole run.
-        steps: Of an epoch.
+    steps, which compile, are not counted. Epochs are those of the whole run,
+    steps those of an epoch.
     """
 
     epochs: int

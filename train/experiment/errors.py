@@ -22,3 +22,14 @@ class Diverged(UserError):
 
 class Stopped(Exception):
     """The program was asked to end, and what it has done is on the disk."""
+
+
+def reason(error: BaseException) -> str:
+    """What kind of error it is, and the first line of what it says."""
+    said = str(getattr(error, "message", error)).strip() or "no reason given"
+    return f"{type(error).__name__}: {said.splitlines()[0]}"
+
+
+def one_line(said: object) -> str:
+    """A message without its line breaks."""
+    return " ".join(str(said).split())

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from experiment.errors import UserError
+
 # No room, or a disk that fails: the user's to put right, not a defect.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 FULL = ("no space left", "quota exceeded", "file too large")
@@ -38,6 +40,15 @@ def replace(
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
+
+
+def check_writable(folder: Path, given: object, advice: str) -> None:
+    """Refuses a folder that can be neither written to nor made."""
+    there = next(p for p in [folder, *folder.parents] if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(
+            f"{given}: {there} is not a folder that can be written to. {advice}"
+        )
 
 
 def kept(path: Path) -> list[Path]:

@@ -8,13 +8,7 @@ from tabulate import tabulate
 def table(
     heads: Sequence[str], rows: Sequence[Sequence[str]], align: str = "left"
 ) -> str:
-    """A table.
-
-    Args:
-        heads: Of the columns.
-        rows: Their cells.
-        align: "left", or "right" for all columns but the first.
-    """
+    """A table, of which `align` says where all columns but the first are."""
     return tabulate(
         rows,
         heads,

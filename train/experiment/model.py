@@ -1,6 +1,6 @@
-"""A network under a method, compiled with its optimiser.
+"""A network under a method, compiled with its optimizer.
 
-An optimiser is added as one entry of `OPTIMIZERS`.
+An optimizer is added as one entry of `OPTIMIZERS`.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ ACCURACIES = {"accuracy": "error", "top5_accuracy": "top5_error"}
 
 
 class Optimizer(NamedTuple):
-    """An optimiser: what makes it, and its defaults.
+    """An optimizer: what makes it, and its defaults.
 
     Attributes:
         make: A function of the model, a learning rate and a weight decay.
@@ -197,7 +197,7 @@ def learning_rate(
 def compile_model(
     model: keras.Model, config: SimpleNamespace, steps_per_epoch: int
 ) -> None:
-    """Compiles a model with the optimiser, the loss and the metrics."""
+    """Compiles a model with the optimizer, the loss and the metrics."""
     optimizer = OPTIMIZERS[config.optimizer].make(
         model,
         learning_rate=learning_rate(config, steps_per_epoch),

@@ -51,38 +51,24 @@ def train(config: SimpleNamespace) -> None:
     settings.check(config)
     termination = Termination()
     try:
-        placement = STRATEGIES[config.strategy](
-            config.virtual_devices, config.tpu
-        )
+        placement = STRATEGIES[config.strategy].open(config)
         # After that: TensorFlow's workers hear SIGTERM themselves.
         with termination, ExitStack() as stack:
             stack.enter_context(placement.watched())
             Run(config, placement, termination, stack).go()
     except Stopped as stopped:
+        if termination.interrupted:
+            raise KeyboardInterrupt(stopped) from stopped
         # Below Keras's progress bar, where there is one.
         print("\n" * sys.stdout.isatty() + str(stopped), flush=True)
-        if termination.interrupted:
-            raise KeyboardInterrupt from stopped
 
 
 @dataclasses.dataclass
 class Run:
     """A run on its devices, step by step: `go` has them in their order.
 
-    Args:
-        config: The settings.
-        placement: The devices.
-        termination: Hears when it is to end.
-        stack: Keeps the folder for this process.
-
-    Attributes:
-        folder: The run's.
-        recorded: The settings that are recorded, and what there is to know of
-            the data.
-        progress: How far the run is.
-        source: The images.
-        steps_per_epoch: Training steps.
-        model: The compiled model.
+    The stack keeps the folder for this process. `recorded` are the settings
+    that are recorded, and what there is to know of the data.
     """
 
     config: SimpleNamespace
@@ -101,10 +87,7 @@ class Run:
         """All of it."""
         self._agree()
         if self.progress.result and self._trained:
-            print(
-                f"{self.folder}: finished already, after "
-                f"{self.progress.epoch} epochs."
-            )
+            print(f"{self.folder}: finished already, {self.progress.place}.")
             report(self.folder, self.progress.result)
             return
         keras.utils.set_random_seed(self.config.seed)
@@ -195,7 +178,7 @@ class Run:
             raise Stopped(f"{self.folder}: stopped; go on with --resume.")
 
     def _build(self) -> None:
-        """Model and optimiser, as they were left."""
+        """Model and optimizer, as they were left."""
         with self.placement.scope():
             model = models.build(self.config)
         self.model = self.placement.adopt(
@@ -423,8 +406,7 @@ def fit(
         callbacks: Of the training.
         training: Gives the batches from a step on, counted over all epochs.
         validation: Batches and steps of the evaluation after each epoch.
-        steps_per_epoch: Steps in a whole epoch.
-        epochs: The number of the last epoch.
+        steps_per_epoch, epochs: Those of the whole run.
         verbose: Whether to tell how it goes.
     """
     done = progress.partial.step
@@ -466,10 +448,7 @@ def errors(
 ) -> dict[str, float | None]:
     """The entries of `result.json` on a part of the data.
 
-    Args:
-        part: As it is called there.
-        metrics: The accuracies; if there are none, it was not looked at.
-        prefix: Of their names.
+    `None` if there are no accuracies, for it was not looked at.
     """
     found = {
         f"{part}_{kind}": error(metrics[prefix + name])
@@ -484,10 +463,13 @@ def report(folder: Path, result: dict) -> None:
     if result["test_error"] is None:
         print("The test images were not looked at.")
     else:
-        print(f"Test error {result['test_error']:.2f} %{_top5(result)}.")
+        print(
+            f"Test error {result['test_error']:.2f} %{_top5(result)}"
+            f"{_of_a_sample(result)}."
+        )
     print(
         f"Training error {result['train_error']:.2f} %, validation error "
-        f"{result['validation_error']:.2f} % after {result['epochs']} epochs, "
+        f"{result['validation_error']:.2f} % after epoch {result['epochs']}, "
         f"{result['seconds']:.0f} s."
     )
     print(f"Run folder: {folder}")
@@ -499,3 +481,10 @@ def _top5(result: dict) -> str:
     if result.get("test_top5_error") is None:
         return ""
     return f", top-5 {result['test_top5_error']:.2f} %"
+
+
+def _of_a_sample(result: dict) -> str:
+    images, dataset = result.get("training_images"), result["dataset"]
+    if images is None or images >= DATASETS[dataset].images:
+        return ""
+    return f" on a sample, which says nothing of the whole of {dataset}"

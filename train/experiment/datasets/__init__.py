@@ -34,14 +34,11 @@ class Dataset(NamedTuple):
         image_shape: Height, width and channels of its images.
         classes: How many there are.
         scaling: Makes the layer that scales pixels.
-        model: The network for it.
-        epochs: As main.py's flag, like all that follow.
-        batch_size: Images in a step.
-        optimizer: Its optimiser.
-        warmup_epochs: Its warm-up.
+        model, epochs, batch_size, optimizer, warmup_epochs: As main.py's flags.
         mirror: Whether the model is to mirror images in training.
         streamed: Whether it does not fit into memory.
         images: Of a data set of which there are samples, all training images.
+        crop_area: Of photos: the least share of one that its window has.
     """
 
     open: Callable[[SimpleNamespace], Any]
@@ -56,15 +53,22 @@ class Dataset(NamedTuple):
     mirror: bool = False
     streamed: bool = False
     images: int = 0
+    crop_area: float | None = None
+
+    @property
+    def image_size(self) -> int | None:
+        """What photos are resized to; `None`: images have sizes of their own.
+
+        As main.py's flag, like `crop_area`.
+        """
+        return self.image_shape[0] if self.streamed else None
 
     def preprocessing(
         self, input_shape: tuple[int, int, int], pad: int = 0
     ) -> list[keras.layers.Layer]:
         """The layers that turn its images into what a network sees.
 
-        Args:
-            input_shape: Of the network's input.
-            pad: Black pixels around an image in training.
+        In training there are `pad` black pixels around an image.
         """
         return preprocessing(
             self.image_shape, input_shape, self.scaling, pad, self.mirror
@@ -86,9 +90,7 @@ class Dataset(NamedTuple):
 def _in_memory(load: Callable[..., Splits], **about: Any) -> Dataset:
     """The entry of a data set that fits into memory.
 
-    Args:
-        load: `(image_shape, classes, data_dir, download)` to its parts.
-        **about: The other attributes of `Dataset`.
+    `load` takes `(image_shape, classes, data_dir, download)` to its parts.
     """
 
     def arrays(config: SimpleNamespace) -> Arrays:
@@ -122,10 +124,10 @@ def _photos(config: SimpleNamespace) -> Any:
 
     return photos.Photos(
         config.data_dir,
-        config.image_size or DATASETS[config.dataset].image_shape[0],
+        config.image_size,
         hold_out=not config.test,
         one_hot=bool(config.label_smoothing),
-        crop_area=config.crop_area or photos.CROP_AREA,
+        crop_area=config.crop_area,
     )
 
 
@@ -179,5 +181,6 @@ DATASETS = {
         warmup_epochs=5.0,
         streamed=True,
         images=1_281_167,
+        crop_area=0.08,
     ),
 }

@@ -89,11 +89,8 @@ class EvaluationBatches(keras.utils.PyDataset):
     more than 1 as brings the sum to that of full batches, so that the mean of
     Keras's losses over the batches is the mean over the images.
 
-    Args:
-        split: The images and labels.
-        batch_size: Images in a step, a multiple of the replicas.
-        steps: Steps in which all images have room.
-        share: As of `TrainingBatches`.
+    There are as many steps as have room for all images; the rest of the
+    arguments as of `TrainingBatches`.
     """
 
     def __init__(
@@ -163,48 +160,39 @@ class Arrays:
             labels are class numbers.
 
     Attributes:
-        training_images, validation_images: How many there are.
+        training_images, validation_images, test_images: How many there are.
     """
 
     def __init__(self, splits: Splits, classes: int | None = None) -> None:
+        if classes is not None:
+            splits = Splits(
+                *(
+                    Split(x, keras.utils.to_categorical(y, classes))
+                    for x, y in splits
+                )
+            )
         self._splits = splits
-        self._classes = classes
-        self.training_images = len(splits.train.labels)
-        self.validation_images = len(splits.validation.labels)
-
-    @property
-    def test_images(self) -> int:
-        """How many there are to test on."""
-        return len(self._splits.test.labels)
+        self.training_images, self.validation_images, self.test_images = (
+            len(split.labels) for split in splits
+        )
 
     def training(self, share: Share, **options: Any) -> Any:
         """`TrainingBatches` of these options, for `fit`."""
-        return feed(
-            TrainingBatches(
-                self._labeled(self._splits.train), share=share, **options
-            )
-        )
+        return feed(TrainingBatches(self._splits.train, share=share, **options))
 
     def validation(self, share: Share, batch_size: int, steps: int) -> Any:
         """`EvaluationBatches` of the validation images, for `evaluate`."""
-        split = self._labeled(self._splits.validation)
+        split = self._splits.validation
         return feed(EvaluationBatches(split, batch_size, steps, share), True)
 
     def test(self, share: Share, batch_size: int, steps: int) -> Any:
         """The same of the test images."""
-        split = self._labeled(self._splits.test)
+        split = self._splits.test
         return feed(EvaluationBatches(split, batch_size, steps, share), True)
 
     def probe(self, n: int) -> Split:
         """The first n validation images, and their labels."""
-        split = self._labeled(self._splits.validation)
-        return Split(*(part[:n] for part in split))
-
-    def _labeled(self, split: Split) -> Split:
-        if self._classes is None:
-            return split
-        labels = keras.utils.to_categorical(split.labels, self._classes)
-        return Split(split.images, labels)
+        return Split(*(part[:n] for part in self._splits.validation))
 
     def reading(self) -> AbstractContextManager:
         """A scope in which a file that cannot be read is an error of one line.

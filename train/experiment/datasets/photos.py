@@ -14,21 +14,23 @@ photos, or none.
 
 import contextlib
 import os
-import re
 from collections.abc import Callable
 from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.utils.version import list_all_versions
 
+from experiment.datasets import DATASETS
 from experiment.devices.one import Share
 from experiment.errors import UserError
+from experiment.errors import reason
 
 NAME = "imagenet2012"
-CLASSES = 1000
+CLASSES = DATASETS[NAME].classes
 SHUFFLE_BUFFER = 8192
-CROP_AREA = 0.08
+CROP_AREA = DATASETS[NAME].crop_area
 FILES_AT_ONCE = 16
 PREPARE = (
     "ImageNet cannot be downloaded automatically: get "
@@ -38,23 +40,13 @@ PREPARE = (
 )
 AGAIN = f"Delete the folder and prepare {NAME} again, as tfrecord. {PREPARE}"
 
-# A JPEG and `[y, x, height, width]` to the pixels of that window.
-Decode = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
-
 
 def decode_window(photo: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
-    """Decodes a window of a photo.
+    """Decodes a window `[y, x, height, width]` of a JPEG.
 
     The pixels are those of the whole photo, but for colour in the first and
     the last column where a JPEG has it at half the resolution: it is
     interpolated, and the columns beyond are not decoded.
-
-    Args:
-        photo: The JPEG.
-        window: `[y, x, height, width]` in pixels.
-
-    Returns:
-        The window's pixels, `(height, width, 3)` uint8.
     """
     return tf.io.decode_and_crop_jpeg(photo, window, channels=3)
 
@@ -68,19 +60,16 @@ class Photos:
         image_size: Height and width of the images to make, in pixels.
         hold_out: Whether the last hundredth of `train` (at least one photo) is
             the validation, and the split `validation` is not touched.
-        one_hot: Whether labels are `(b, 1000)` float32, instead of `(b,)`
-            int64.
+        one_hot: Whether labels are one-hot, instead of class numbers.
         crop_area: The least share of a photo's area that a training window
-            has. Default 0.08.
+            has.
 
     Attributes:
-        training_images: Photos to train on.
-        validation_images: Photos to evaluate on.
+        training_images, validation_images: How many there are.
         test_images: 0: the labels of ImageNet's are not public.
 
     Raises:
-        UserError: If the folder does not hold all of ImageNet in a form that
-            can be read.
+        UserError: If the folder does not hold what can be read.
     """
 
     def __init__(
@@ -113,32 +102,16 @@ class Photos:
         seed: int,
         first_step: int,
         epochs: int,
-        decode: Decode = decode_window,
     ) -> tf.data.Dataset:
         """The training batches of a process, from a step on.
 
         Each epoch reads the process's part of the files in an order of its
         own, 16 at a time, and shuffles the photos, not yet decoded, in a
-        buffer of 8192: for ImageNet 0.9 GB of memory in each process. Windows
-        have `crop_area` to 1 of a photo's area and 3/4 to 4/3 as their aspect
-        ratio, as `tf.image.stateless_sample_distorted_bounding_box` draws them
-        in at most 10 attempts; else it is the centre. They are resized
-        bilinearly.
+        buffer of 8192: for ImageNet 0.9 GB of memory in each process. Photos
+        before the first step are read in its epoch, but not decoded.
 
-        Args:
-            share: The replicas that the process feeds.
-            batch_size: Photos in a global batch, a multiple of the replicas.
-            steps_per_epoch: Steps in an epoch, which leaves the rest out.
-            seed: Of the order and of the windows.
-            first_step: The step to begin with, counted over all epochs. The
-                photos before it are read in its epoch, but not decoded.
-            epochs: The epoch to end before.
-            decode: What decodes a window.
-
-        Returns:
-            Batches of one replica: images `(b, size, size, 3)` uint8, labels,
-            weights `(b,)` float32 of 1. They are ordered by step, then by
-            replica.
+        Args as of `arrays.TrainingBatches`. Batches are those of one replica,
+        ordered by step, then by replica: images, labels, weights of 1.
 
         Raises:
             UserError: If there are fewer photos than an epoch needs.
@@ -178,9 +151,7 @@ class Photos:
 
         def pixels(number: tf.Tensor, photo: tf.Tensor) -> tf.Tensor:
             drawn = tf.stack([tf.constant(seed, tf.int64), number])
-            return training_pixels(
-                photo, drawn, self._size, decode, self._crop_area
-            )
+            return training_pixels(photo, drawn, self._size, self._crop_area)
 
         photos = (
             tf.data.Dataset.range(first_epoch, epochs)
@@ -194,20 +165,9 @@ class Photos:
     ) -> tf.data.Dataset:
         """The validation batches of a process, again and again.
 
-        A photo's central square of 0.875 of its short side is resized.
-
-        Args:
-            share: The replicas that the process feeds.
-            batch_size: Photos in a global batch, a multiple of the replicas.
-            steps: Those that make up one evaluation, in which all photos have
-                room.
-
-        Returns:
-            Batches of one replica, as those of `training`, ordered alike. In
-            one evaluation each photo comes once in one process. What fills
-            the last batches are zeros of weight 0. Photos weigh as much more
-            than 1 as brings the sum to that of full batches, so that the mean
-            of Keras's losses over the batches is the mean over the photos.
+        In one evaluation each photo comes once in one process. Batches are
+        ordered as in training, filled and weighted as those of
+        `arrays.EvaluationBatches`.
         """
         each = batch_size // share.replicas
         split, *whole = self._validation
@@ -232,14 +192,7 @@ class Photos:
         return self._batches(photos.repeat(), each, pixels)
 
     def probe(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first validation photos.
-
-        Args:
-            n: How many; all, if there are fewer.
-
-        Returns:
-            Images and labels, as in a batch.
-        """
+        """The first n validation photos, or all, and their labels."""
         size = min(n, self.validation_images)
         steps = -(-self.validation_images // size)
         batches = self.validation(Share(), size, steps)
@@ -338,12 +291,12 @@ class Photos:
             yield
         except tf.errors.OpError as error:
             # Between two tellings of where in the graph it came up.
-            reason = error.message.split("[[")[0].strip().splitlines()[-1]
+            said = error.message.split("[[")[0].strip().splitlines()[-1]
             here = str(self._info.data_dir) in error.message
-            if "JPEG" in reason:
+            if "JPEG" in said:
                 what = f"these photos do not decode: {self._undecodable()}"
             elif here or isinstance(error, tf.errors.DataLossError):
-                what = f"a file cannot be read ({reason})"
+                what = f"a file cannot be read ({said})"
             else:
                 raise
             raise UserError(
@@ -383,41 +336,21 @@ class Photos:
 
 
 def training_pixels(
-    photo: tf.Tensor,
-    seed: tf.Tensor,
-    size: int,
-    decode: Decode,
-    crop_area: float,
+    photo: tf.Tensor, seed: tf.Tensor, size: int, crop_area: float
 ) -> tf.Tensor:
-    """A random window of a photo, half of the time mirrored.
+    """A random window of a JPEG, resized, half of the time mirrored.
 
-    Args:
-        photo: The JPEG.
-        seed: The run's seed and the photo's number, `(2,)` int64.
-        size: Height and width of the image to make.
-        decode: What decodes a window.
-        crop_area: The least share of the photo's area in it.
-
-    Returns:
-        `(size, size, 3)` uint8.
+    The seed is the run's and the photo's number, `(2,)` int64.
     """
     even = seed * [1, 2]  # two draws, and a seed of its own for each
     window = random_window(tf.io.extract_jpeg_shape(photo), even, crop_area)
-    image = resized(decode(photo, window), size)
+    image = resized(decode_window(photo, window), size)
     mirrored = tf.random.stateless_uniform((), even + [0, 1]) < 0.5
     return tf.cond(mirrored, lambda: tf.reverse(image, [1]), lambda: image)
 
 
 def evaluation_pixels(photo: tf.Tensor, size: int) -> tf.Tensor:
-    """The central square of 0.875 of a photo's short side, resized.
-
-    Args:
-        photo: The JPEG.
-        size: Height and width of the image to make.
-
-    Returns:
-        `(size, size, 3)` uint8.
-    """
+    """The central square of 0.875 of a JPEG's short side, resized."""
     sides = tf.io.extract_jpeg_shape(photo)[:2]
     side = tf.maximum(7 * tf.reduce_min(sides) // 8, 1)
     window = tf.concat([(sides - side) // 2, [side, side]], 0)
@@ -427,7 +360,11 @@ def evaluation_pixels(photo: tf.Tensor, size: int) -> tf.Tensor:
 def random_window(
     shape: tf.Tensor, seed: tf.Tensor, crop_area: float = CROP_AREA
 ) -> tf.Tensor:
-    """A window `[y, x, height, width]` of a photo of some shape."""
+    """A window `[y, x, height, width]` of a photo of some shape.
+
+    It has `crop_area` to 1 of the photo's area and an aspect ratio of 3/4 to
+    4/3, drawn in at most 10 attempts; else it is the centre.
+    """
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
         shape,
         tf.zeros((1, 0, 4)),
@@ -459,29 +396,24 @@ def find(data_dir: str | None) -> tfds.core.DatasetBuilder:
     Args:
         data_dir: The folder that holds `imagenet2012`; `None`: TFDS's own.
 
-    Returns:
-        A builder that has all that is needed.
-
     Raises:
-        UserError: If there is none.
+        UserError: If there is none that has all that is needed.
     """
     if data_dir is None:
         data_dir = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     home = tfds.core.Path(data_dir).expanduser() / NAME
-    there = sorted(f.name for f in home.iterdir()) if home.is_dir() else []
-    versions = [name for name in there if re.fullmatch(r"\d+\.\d+\.\d+", name)]
-    fitting = [name for name in versions if name.startswith("5.")]
-    halves = [name for name in there if ".incomplete" in name]
+    versions = list_all_versions(home)  # the newest last
+    fitting = [version for version in versions if version.match("5.*.*")]
     if fitting:
-        newest = max(fitting, key=lambda name: [*map(int, name.split("."))])
-        return opened(home / newest)
+        return _opened(home / str(fitting[-1]))
+    halves = sorted(folder.name for folder in home.glob("*.incomplete*"))
     if not home.parent.is_dir():
         found = "no such folder"
     elif halves:
         found = f"{NAME}/{halves[0]}: half prepared, and to be deleted"
     elif versions:
-        found = f"holds version {', '.join(versions)}, and 5.0.0 or later 5 is"
-        found += " needed"
+        found = f"holds version {', '.join(map(str, versions))}, and 5.0.0 or "
+        found += "later 5 is needed"
     else:
         found = f"holds no {NAME}"
     raise UserError(
@@ -490,50 +422,45 @@ def find(data_dir: str | None) -> tfds.core.DatasetBuilder:
     )
 
 
-def opened(folder: tfds.core.Path) -> tfds.core.DatasetBuilder:
-    """Opens a version's folder and checks that it is complete.
-
-    Args:
-        folder: It holds `dataset_info.json`, features and record files.
-
-    Raises:
-        UserError: If something is missing, or is not as it should be.
-    """
+def _opened(folder: tfds.core.Path) -> tfds.core.DatasetBuilder:
     there = {file.name for file in folder.iterdir()}
     missing = {"dataset_info.json", "features.json"} - there
-    found = ""
-    if not missing:
-        try:
+    builder, found = None, ""
+    try:
+        if not missing:
             builder = tfds.builder_from_directory(folder)
-        except Exception as error:  # torn or foreign JSON, in many ways
-            reason = (str(error).strip() or type(error).__name__).splitlines()
-            raise UserError(
-                f"{folder}: TensorFlow Datasets cannot read what it is "
-                f"({type(error).__name__}: {reason[0]}). {AGAIN}"
-            ) from error
-        splits, features = builder.info.splits, builder.info.features
-        kind = builder.info.file_format
-        if kind != tfds.core.FileFormat.TFRECORD:
-            found = f"its files are {kind.value}, and tfrecord is read"
-        elif not {"train", "validation"} <= set(splits):
-            found = f"has the splits {', '.join(splits) or 'none'}, and train "
-            found += "and validation are needed"
-        elif not (
-            {"image", "label", "file_name"} <= set(features)
-            and features["image"].np_dtype == np.uint8
-            and getattr(features["label"], "num_classes", 0) == CLASSES
-        ):
-            found = f"its photos have {', '.join(features)}, and image, label "
-            found += f"(of {CLASSES} classes) and file_name are needed"
-        else:
-            missing = {
-                name
-                for s in ("train", "validation")
-                for name in splits[s].filenames
-            } - there
+            found = _unfit(builder.info)
+    except Exception as error:  # torn or foreign JSON, in many ways
+        found = f"TensorFlow Datasets cannot read what it is ({reason(error)})"
+    if builder and not found:
+        missing = {
+            name
+            for split in ("train", "validation")
+            for name in builder.info.splits[split].filenames
+        } - there
     if missing:
         found = f"half prepared: {len(missing)} of its files are not there, "
         found += f"such as {min(missing)}"
     if found:
         raise UserError(f"{folder}: {found}. {AGAIN}")
     return builder
+
+
+def _unfit(info: tfds.core.DatasetInfo) -> str:
+    """Why a data set cannot be read as ImageNet, or an empty string."""
+    features = info.features
+    if info.file_format != tfds.core.FileFormat.TFRECORD:
+        return f"its files are {info.file_format.value}, and tfrecord is read"
+    if not {"train", "validation"} <= set(info.splits):
+        has = ", ".join(info.splits) or "none"
+        return f"has the splits {has}, and train and validation are needed"
+    if (
+        {"image", "label", "file_name"} <= set(features)
+        and features["image"].np_dtype == np.uint8
+        and getattr(features["label"], "num_classes", 0) == CLASSES
+    ):
+        return ""
+    return (
+        f"its photos have {', '.join(features)}, and image, label (of "
+        f"{CLASSES} classes) and file_name are needed"
+    )

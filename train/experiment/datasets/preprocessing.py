@@ -40,15 +40,9 @@ def preprocessing(
 ) -> list[keras.layers.Layer]:
     """The layers that turn uint8 images into what a network sees.
 
-    In training they cut another window out of each image, padded with black,
-    and mirror every second one or so; otherwise they cut out the centre.
-
-    Args:
-        image_shape: Height, width and channels of the images.
-        input_shape: The same of the network's input.
-        scaling: Makes the layer that scales pixels.
-        pad: Black pixels around an image in training.
-        mirror: Whether images are mirrored.
+    In training they cut another window out of each image, padded with so many
+    black pixels, and mirror every second one or so; otherwise they cut out the
+    centre.
     """
     layers = []
     if pad or image_shape != input_shape:

@@ -11,6 +11,7 @@ from experiment import startup
 from experiment.datasets.arrays import Split
 from experiment.datasets.arrays import Splits
 from experiment.errors import UserError
+from experiment.errors import reason
 
 
 def load_digits(*of_others: object) -> Splits:
@@ -58,11 +59,6 @@ def read_tfds(
 ) -> tuple[Split, Split]:
     """The splits `train` and `test` of a data set of TensorFlow Datasets.
 
-    Args:
-        name: The data set's.
-        data_dir: The folder it is prepared in; `None`: TFDS's own default.
-        download: Whether to fetch it where it is not there.
-
     Raises:
         UserError: If it is not there, or cannot be fetched or read.
     """
@@ -102,10 +98,9 @@ def read_tfds(
     except UserError:
         raise
     except Exception as error:  # network, disk, checksums, torn files, ...
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{name} could not be {'fetched' if download else 'read'} "
-            f"({type(error).__name__}: {reason}). Check --data_dir"
+            f"({reason(error)}). Check --data_dir"
             + (" and the network." if download else ", or use --download.")
         ) from error
     return train, test
@@ -135,11 +130,6 @@ def read_arrays(
 ) -> tuple[Split, Split]:
     """Reads what `write_arrays` has written, and checks that it fits.
 
-    Args:
-        file: The archive, `<data set>.npz`.
-        image_shape: Of the data set.
-        classes: Of the data set.
-
     Raises:
         UserError: If it is damaged, or holds something else.
     """
@@ -167,9 +157,8 @@ def read_arrays(
     except (
         OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error
     ) as error:  # fmt: skip
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{file}: damaged, or no {file.stem} as train/export.py writes it "
-            f"({reason}). Delete it and export it again."
+            f"({reason(error)}). Delete it and export it again."
         ) from error
     return train, test

@@ -9,6 +9,8 @@ import re
 import socket
 from collections.abc import Callable
 from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import keras
 
@@ -16,6 +18,7 @@ from experiment import startup
 from experiment.devices.distributed import Distributed
 from experiment.devices.one import OneDevice
 from experiment.errors import UserError
+from experiment.errors import reason
 
 PATIENCE = 10  # seconds in which a TPU has to answer
 # What `keras.distribution.initialize` reads.
@@ -25,30 +28,38 @@ PROCESSES = tuple(
 )
 
 
-def one_device(virtual_devices: int, tpu_name: str | None) -> OneDevice:
-    """The device that the backend chooses by itself."""
-    del virtual_devices, tpu_name
-    return OneDevice()
+class Strategy(NamedTuple):
+    """A way to distribute.
+
+    Attributes:
+        open: Settings to the devices.
+        backend: The one that it is of. Default `None`: any.
+        splits: Whether it splits a device into --virtual_devices.
+    """
+
+    open: Callable[[SimpleNamespace], OneDevice]
+    backend: str | None = None
+    splits: bool = False
 
 
-def mirrored(virtual_devices: int, tpu_name: str | None) -> Distributed:
+def mirrored(config: SimpleNamespace) -> Distributed:
     """All GPUs of this machine, or else its CPU, each with a replica."""
     import tensorflow as tf
-
-    del tpu_name
 
     def devices() -> list[str]:
         return [device.name for device in tf.config.list_logical_devices(kind)]
 
     kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
-    if not virtual_devices:
+    if not config.virtual_devices:
         return Distributed(tf.distribute.MirroredStrategy(devices()))
     device = tf.config.list_physical_devices(kind)[0]
     tf.config.set_visible_devices(device, kind)
     part = tf.config.LogicalDeviceConfiguration(
         memory_limit=4096 if kind == "GPU" else None
     )
-    tf.config.set_logical_device_configuration(device, [part] * virtual_devices)
+    tf.config.set_logical_device_configuration(
+        device, [part] * config.virtual_devices
+    )
     # Devices that share one GPU cannot use its own means of communication.
     return Distributed(
         tf.distribute.MirroredStrategy(
@@ -57,11 +68,10 @@ def mirrored(virtual_devices: int, tpu_name: str | None) -> Distributed:
     )
 
 
-def multi_worker(virtual_devices: int, tpu_name: str | None) -> Distributed:
+def multi_worker(config: SimpleNamespace) -> Distributed:
     """The GPUs, or else the CPUs, of all the machines in TF_CONFIG."""
     import tensorflow as tf
 
-    del virtual_devices, tpu_name
     worker, addresses = cluster(os.environ.get("TF_CONFIG"))
     print(
         f"Worker {worker} of {len(addresses)} at {addresses[worker]}: waiting "
@@ -73,7 +83,7 @@ def multi_worker(virtual_devices: int, tpu_name: str | None) -> Distributed:
     except (tf.errors.OpError, RuntimeError, ValueError) as error:
         raise UserError(
             f"Worker {worker} of {len(addresses)} at {addresses[worker]} could "
-            f"not join the others ({_first_line(error)}). Start the same "
+            f"not join the others ({reason(error)}). Start the same "
             "command once for each address of TF_CONFIG, with its own index, "
             "and see that the ports are free and reachable."
         ) from error
@@ -123,41 +133,39 @@ def cluster(text: str | None) -> tuple[int, list[str]]:
     )
 
 
-def tpu(virtual_devices: int, tpu_name: str | None) -> Distributed:
+def tpu(config: SimpleNamespace) -> Distributed:
     """All cores of a TPU or of a slice of them."""
     import tensorflow as tf
 
-    del virtual_devices
-    tpu_name = tpu_name or "local"
+    name = config.tpu or "local"
     try:
-        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu_name)
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(name)
         _reach(resolver.master())  # TensorFlow would wait for ever
         tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
         strategy = tf.distribute.TPUStrategy(resolver)
     except Exception as error:  # of TensorFlow, of Google's API, of the network
         raise UserError(
-            f"--strategy=tpu --tpu={tpu_name}: no TPU can be used "
-            f"({_first_line(error)}). Run this on a TPU VM with --tpu=local, "
+            f"--strategy=tpu --tpu={name}: no TPU can be used "
+            f"({reason(error)}). Run this on a TPU VM with --tpu=local, "
             "or give a TPU's name or grpc:// address; without a TPU choose "
             "--strategy=none|mirrored|multi_worker."
         ) from error
     return Distributed(strategy)
 
 
-def data_parallel(virtual_devices: int, tpu_name: str | None) -> OneDevice:
+def data_parallel(config: SimpleNamespace) -> OneDevice:
     """All devices that JAX has, on this machine or on several."""
     import jax
 
     from experiment.devices.parallel import Parallel
 
-    del tpu_name
-    if virtual_devices:
+    if config.virtual_devices:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", virtual_devices)
+        jax.config.update("jax_num_cpu_devices", config.virtual_devices)
     given = processes(os.environ)
     # TPU VMs know of each other by themselves.
-    if given or (startup.installed("libtpu") and not virtual_devices):
+    if given or (startup.installed("libtpu") and not config.virtual_devices):
         place = "This process"
         if given:
             place = "Worker {} of {} at {}".format(*given)
@@ -166,7 +174,7 @@ def data_parallel(virtual_devices: int, tpu_name: str | None) -> OneDevice:
             keras.distribution.initialize()
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"{place} could not join the others ({_first_line(error)}). "
+                f"{place} could not join the others ({reason(error)}). "
                 "Start the same command on each machine, with its own "
                 f"{PROCESSES[2]}, and see that the first address of "
                 f"{PROCESSES[0]} is free and reachable."
@@ -215,17 +223,10 @@ def _reach(address: str) -> None:
         socket.create_connection((host, int(port)), PATIENCE).close()
 
 
-def _first_line(error: Exception) -> str:
-    message = (str(error).strip() or "no reason given").splitlines()[0]
-    return f"{type(error).__name__}: {message}"
-
-
-STRATEGIES: dict[str, Callable[[int, str | None], OneDevice]] = {
-    "none": one_device,
-    "mirrored": mirrored,
-    "multi_worker": multi_worker,
-    "tpu": tpu,
-    "data_parallel": data_parallel,
+STRATEGIES = {
+    "none": Strategy(lambda config: OneDevice()),
+    "mirrored": Strategy(mirrored, "tensorflow", splits=True),
+    "multi_worker": Strategy(multi_worker, "tensorflow"),
+    "tpu": Strategy(tpu, "tensorflow"),
+    "data_parallel": Strategy(data_parallel, "jax", splits=True),
 }
-ON_JAX = ("none", "data_parallel")  # the others are TensorFlow's, and none
-SPLITTING = ("mirrored", "data_parallel")  # into virtual devices

@@ -8,7 +8,6 @@ is the only one that reads and writes files.
 """
 
 import contextlib
-import json
 from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -28,10 +27,7 @@ from keras_fa.layers.feedback import all_variables
 class Distributed(OneDevice):
     """The replicas of a `tf.distribute.Strategy`.
 
-    Args:
-        strategy: The strategy.
-        worker: The place of this process among the workers.
-        workers: The number of processes.
+    This process is that of a worker, of so many workers.
     """
 
     def __init__(
@@ -72,12 +68,8 @@ class Distributed(OneDevice):
     def _function(self, step: Callable[[Any], Any], steps: int) -> Callable:
         """Some steps of all replicas as one compiled function of an iterator.
 
-        Args:
-            step: Of one replica: a batch to a dict of scalars.
-            steps: How many.
-
-        Returns:
-            A function that returns the scalars of the last step, averaged.
+        A step takes a batch of one replica to a dict of scalars; the function
+        returns those of the last one, averaged.
         """
         import tensorflow as tf
 
@@ -116,7 +108,7 @@ class Distributed(OneDevice):
             return
         for variable in [*all_variables(model), *model.optimizer.variables]:
             value = np.asarray(variable)
-            sent = self._sent(np.frombuffer(value.tobytes(), np.uint8))
+            sent = self._shared(np.frombuffer(value.tobytes(), np.uint8))
             variable.assign(
                 np.frombuffer(sent, value.dtype).reshape(value.shape)
             )
@@ -133,14 +125,14 @@ class Distributed(OneDevice):
                 raise
             raise loss(self.worker, self.workers, error) from error
 
-    def _said(self, what: Any) -> Any:
-        text = np.frombuffer(json.dumps(what).encode(), np.uint8)
-        length = self._sent(np.array([len(text)]).view(np.uint8))
+    def _sent(self, content: bytes) -> bytes:
+        sent = np.frombuffer(content, np.uint8)
+        length = self._shared(np.array([len(sent)]).view(np.uint8))
         if not self.chief:
-            text = np.zeros(int(length.view(np.int64)[0]), np.uint8)
-        return json.loads(self._sent(text).tobytes())
+            sent = np.zeros(int(length.view(np.int64)[0]), np.uint8)
+        return self._shared(sent).tobytes()
 
-    def _sent(self, content: np.ndarray) -> np.ndarray:
+    def _shared(self, content: np.ndarray) -> np.ndarray:
         """The chief's bytes; the others give as many, whatever they are."""
         # Every means of communication adds float32 up, and bytes exactly.
         content = content.astype(np.float32)

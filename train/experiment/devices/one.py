@@ -1,6 +1,7 @@
 """One device, and what a place to train offers."""
 
 import contextlib
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import keras
 
 from experiment.errors import UserError
+from experiment.errors import reason
 
 # In what a backend says where a worker is gone.
 _LOST = (
@@ -28,11 +30,9 @@ def is_loss(message: str) -> bool:
 
 def loss(worker: int, workers: int, error: Exception) -> UserError:
     """What a worker says that has lost another one by an error."""
-    reason = getattr(error, "message", str(error)).splitlines()[0]
     return UserError(
-        f"Worker {worker} of {workers} lost another one ("
-        f"{type(error).__name__}: {reason}). Look at what that one said, and "
-        "start all workers again with --resume."
+        f"Worker {worker} of {workers} lost another one ({reason(error)}). "
+        "Look at what that one said, and start all workers again with --resume."
     )
 
 
@@ -80,11 +80,7 @@ class OneDevice:
     def adopt(
         self, model: keras.Model, compiled: Callable[[keras.Model], None]
     ) -> keras.Model:
-        """Compiles a model for `fit` and `evaluate`.
-
-        Args:
-            model: A model made in `scope`.
-            compiled: Calls its `compile`.
+        """Compiles a model made in `scope`.
 
         Returns:
             The model to train, of the same layers.
@@ -93,11 +89,9 @@ class OneDevice:
         return model
 
     def feed(self, batches: Callable[[Share], Any]) -> Any:
-        """The batches for `fit`.
+        """The batches for `fit`, of what makes those of a share.
 
-        Args:
-            batches: Makes those of a share: of one replica's size, for each
-                step one for each replica of the share.
+        They are of one replica's size, for each step one for each replica.
         """
         return batches(Share())
 
@@ -125,6 +119,10 @@ class OneDevice:
 
     def _said(self, what: Any) -> Any:
         """What the chief says, in all workers; it is made of JSON."""
+        return json.loads(self._sent(json.dumps(what).encode()))
+
+    def _sent(self, content: bytes) -> bytes:
+        """The chief's bytes, in all workers."""
         raise NotImplementedError
 
     def agree(self, wish: bool) -> bool:
@@ -134,12 +132,12 @@ class OneDevice:
     def restore(
         self, model: keras.Model, file: Path, load: Callable[[Path], None]
     ) -> None:
-        """Loads a checkpoint in every worker.
+        """Loads a checkpoint, which need be there for the chief alone.
 
         Args:
             model: The model, compiled.
-            file: The checkpoint; it need be there for the chief alone.
-            load: Loads it, or a copy of it, into the model and its optimiser.
+            file: The checkpoint.
+            load: Loads it, or a copy of it, into the model and its optimizer.
         """
         load(file)
 

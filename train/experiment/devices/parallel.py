@@ -9,7 +9,6 @@ the chief is the only one that reads and writes files.
 """
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -71,11 +70,7 @@ class Parallel(OneDevice):
                 raise
             raise loss(self.worker, self.workers, error) from error
 
-    def _said(self, what: Any) -> Any:
-        return json.loads(self._sent(json.dumps(what).encode()))
-
     def _sent(self, content: bytes) -> bytes:
-        """The chief's bytes, in all workers."""
         sent = np.frombuffer(content, np.uint8)
         length = multihost_utils.broadcast_one_to_all(np.int32(len(sent)))
         if not self.chief:

@@ -56,12 +56,9 @@ class Network(NamedTuple):
     def resized(self, image_size: int) -> "Network":
         """The network for square images of another size.
 
-        Args:
-            image_size: Side of the images in pixels.
-
         Raises:
-            UserError: If it is `resizable`, but not down to this size.
-            ValueError: If it is not `resizable`, which main.py checks.
+            UserError: If they are too small.
+            ValueError: If it is not `resizable`.
         """
         if not self.resizable:
             raise ValueError(f"{self.logits.__name__} takes one size only.")
@@ -76,8 +73,6 @@ class Network(NamedTuple):
 
 
 _CIFAR = (32, 32, 3)
-
-
 _IMAGENET = (224, 224, 3)
 
 
@@ -125,25 +120,14 @@ def build(
     Args:
         name: One of `NETWORKS`.
         classes: Number of logits.
-        preprocessing: Layers that turn uint8 images into what the network
-            sees. Default `()`: the model's input is that already.
+        preprocessing: Layers that turn uint8 images of the network's
+            `image_shape` into the `input_shape` that it sees. Default `()`:
+            the model takes the latter, in float32.
         image_size: Side of the images in pixels, for a network that is
-            `resizable`; main.py refuses it for the others. Default `None`:
-            the network's own, which is 224 for those of ImageNet.
-        kernel_scale: The kernels are this many times he_normal. Default 1.
-        dropout: Rate at which the inputs of the readout are dropped in
-            training, for a network that `drops`. Default 0: no such layer.
-        normalization: "batch" puts BatchNormalization in front of the ReLU
-            of each hidden layer with a kernel, in place of its bias; main.py
-            refuses it for a network that `normalizes`. Default "none".
+            `resizable`. Default `None`: the network's own.
+        kernel_scale, dropout, normalization: As main.py's flags.
         synchronized: Whether BatchNormalization takes its statistics over
-            the whole batch where a `tf.distribute` strategy shares it out
-            (TensorFlow only), as one device would. Default: it does not.
-
-    Returns:
-        A model of float32 logits `(batch, classes)`. Its input is uint8 of
-        the network's `image_shape` with preprocessing, float32 of its
-        `input_shape` without.
+            the whole batch that a `tf.distribute` strategy shares out.
 
     Raises:
         UserError: If the images are too small for the network, or it has no

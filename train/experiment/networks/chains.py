@@ -51,7 +51,7 @@ def mnist(x: KerasTensor, classes: int, dropout: float = 0.0) -> KerasTensor:
 def cifar10_1(
     x: KerasTensor, classes: int, dropout: float = 0.0
 ) -> KerasTensor:
-    """The net of the old TensorFlow tutorial, without its normalisation."""
+    """The net of the old TensorFlow tutorial, without its normalization."""
     x = conv("conv1", 64, 5)(x)
     x = MaxPooling2D(3, strides=2, padding="same", name="pool1")(x)
     x = conv("conv2", 64, 5)(x)
@@ -66,7 +66,7 @@ def cifar10_2(x: KerasTensor, classes: int) -> KerasTensor:
     """All-CNN-C of Springenberg et al. (2015), 1.4 million parameters.
 
     Convolutions with stride 2 stand where others pool; on 32x32 images the
-    mean is taken over 6x6 places. The paper leaves the initialisation open.
+    mean is taken over 6x6 places. The paper leaves the initialization open.
     """
     x = seeded_dropout("dropout1", 0.2)(x)
     x = conv("conv1", 96, 3)(x)
@@ -111,7 +111,7 @@ def imagenet_1(
 
 
 def imagenet_2(x: KerasTensor, classes: int) -> KerasTensor:
-    """AlexNet without local response normalisation, 61.1 million parameters.
+    """AlexNet without local response normalization, 61.1 million parameters.
 
     Krizhevsky's network of one tower (2014), with the channels and dropout of
     torchvision's `alexnet`. That one averages its last maps to 6x6 places,

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 import warnings
 import zipfile
@@ -16,6 +15,7 @@ import numpy as np
 from experiment import files
 from experiment import settings
 from experiment.errors import UserError
+from experiment.errors import reason
 from experiment.runfolder.progress import Partial
 from experiment.runfolder.progress import Progress
 
@@ -38,12 +38,7 @@ def look(folder: Path, asked: dict[str, Any], resume: bool) -> Progress:
     Raises:
         UserError: if the folder cannot be used for this run.
     """
-    parent = next(p for p in [folder, *folder.parents] if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(
-            f"{folder}: {parent} is not a folder that can be written to. Give "
-            "another one with --runs_dir."
-        )
+    files.check_writable(folder, folder, "Give another one with --runs_dir.")
     if not folder.exists():
         return Progress()
     if not resume:
@@ -73,7 +68,10 @@ def look(folder: Path, asked: dict[str, Any], resume: bool) -> Progress:
             progress.result["test_error"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             progress.result = None
-            _say(f"{result}: {_damage(error)}; it is made anew.")
+            print(
+                f"{result}: damaged ({reason(error)}); it is written again.",
+                file=sys.stderr,
+            )
     begun_epochs = progress.epoch + (progress.partial.step > 0)
     if progress.result is None and begun_epochs > asked["epochs"]:
         raise UserError(
@@ -92,12 +90,13 @@ def _newest(folder: Path) -> tuple[Progress, dict[str, Any]]:
         try:
             progress, begun = _read(checkpoint)
         except DAMAGE as error:
-            wrong.append(_damage(error))
+            wrong.append(f"damaged ({reason(error)})")
             continue
         if wrong:
-            _say(
+            print(
                 f"{newest}: {wrong[0]}; going on from {checkpoint.name}, "
-                f"{progress.place}."
+                f"{progress.place}.",
+                file=sys.stderr,
             )
         return progress, begun
     raise UserError(
@@ -126,14 +125,6 @@ def _read(checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
     return progress, begun
 
 
-def _damage(error: Exception) -> str:
-    return f"damaged ({type(error).__name__}: {error})"
-
-
-def _say(message: str) -> None:
-    print(" ".join(message.split()), file=sys.stderr)
-
-
 def check_data(
     folder: Path, progress: Progress, recorded: dict[str, Any]
 ) -> None:
@@ -159,17 +150,23 @@ def check_data(
         )
 
 
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """What `result.json` holds; `None` if there is none, or it is damaged."""
+    try:
+        result = json.loads((folder / "result.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) else None
+
+
 def settings_of(folder: Path) -> dict[str, Any] | None:
     """The settings of the run in a folder, finished or not; `None` if none.
 
     Of a finished run, all of `result.json`.
     """
-    try:
-        return settings.completed(
-            json.loads((folder / "result.json").read_text("utf-8"))
-        )
-    except (OSError, ValueError, TypeError):
-        pass
+    result = result_of(folder)
+    if result is not None:
+        return settings.completed(result)
     for checkpoint in files.kept(folder / "model.keras"):
         with contextlib.suppress(*DAMAGE):
             return _read(checkpoint)[1]
@@ -179,10 +176,7 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
 def restore(progress: Progress, model: keras.Model, file: Path) -> None:
     """Puts a compiled model back to where its checkpoint was.
 
-    Args:
-        progress: What the checkpoint says beside the weights.
-        model: The model.
-        file: The checkpoint, or a copy of it.
+    The file is the checkpoint, or a copy of it.
     """
     try:
         if not model.optimizer.built:
@@ -194,7 +188,7 @@ def restore(progress: Progress, model: keras.Model, file: Path) -> None:
     except (OSError, UserWarning, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{progress.checkpoint}: does not fit this run's model "
-            f"({str(error).splitlines()[0]}). Delete the folder to start again."
+            f"({reason(error)}). Delete the folder to start again."
         ) from error
 
 

@@ -1,7 +1,6 @@
 """One process at a run folder at a time."""
 
 import contextlib
-import fcntl
 from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,12 +74,12 @@ def held(folder: Path) -> Iterator[Callable[[], None]]:
 
 def is_held(folder: Path) -> bool:
     """Whether a process is at a run, as far as that can be seen."""
+    if not (folder / LOCK).exists():  # or it would be made
+        return False
     try:
-        # Not by FileLock, which makes what is not there.
-        with (folder / LOCK).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+        with FileLock(folder / LOCK).acquire(PATIENCE, POLL):
+            return False
+    except Timeout:
         return True
-    except OSError:
-        pass
-    return False
+    except (OSError, NotImplementedError):
+        return False

@@ -44,8 +44,10 @@ class Termination:
             if self.interrupted or not self.saves:
                 raise KeyboardInterrupt
             self.interrupted = True
+            # Below Keras's progress bar, where there is one.
             print(
-                "Stopping after this step; Ctrl-C again interrupts at once.",
+                "\n" * sys.stdout.isatty()
+                + "Stopping after this step; Ctrl-C again interrupts at once.",
                 file=sys.stderr,
                 flush=True,
             )

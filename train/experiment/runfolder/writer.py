@@ -67,10 +67,6 @@ REMEDIES: tuple[tuple[Callable[[dict[str, Any]], bool], str], ...] = (
 def written_to(folder: Path, progress: Progress) -> Iterator[None]:
     """Turns the errors of a full or failing disk into one line.
 
-    Args:
-        folder: The run's.
-        progress: What is saved of it, which changes meanwhile.
-
     Raises:
         UserError: If the disk is full or fails.
     """
@@ -106,8 +102,8 @@ def _undistributed() -> Iterator[None]:
 class RunWriter(keras.callbacks.Callback):
     """Writes a row of `history.csv` after each epoch, and the checkpoints.
 
-    There is a checkpoint after each epoch, in between whenever some time has
-    passed since the last, and when the program is asked to end. Saving changes
+    There is a checkpoint after each epoch, in between whenever so many minutes
+    have passed (0: never), and when the program is asked to end. Saving changes
     nothing of what is learned. It comes last among the callbacks.
 
     An epoch that was left is gone on with: `fit` is given the steps that are
@@ -115,18 +111,13 @@ class RunWriter(keras.callbacks.Callback):
     of an epoch in one piece, and `fit` ends after it.
 
     Args:
-        folder: the run's.
-        settings: the run's, kept in the checkpoint.
-        progress: what was done before; this one adds to it.
-        examples_per_epoch: number of images an epoch trains on.
-        metrics: names of the model's metrics.
-        monitor: the `AlignmentMonitor` whose values become columns, or None.
-        minutes: between two checkpoints inside an epoch; 0: there are none.
-        keep: number of checkpoints that are kept, at least 1.
-        terminated: whether the program was asked to end.
-        agree: what several workers make of a question that each answers for
-            itself; all of them ask at the same steps.
-        writes: whether this is the worker that writes.
+        progress: What was done before; this one adds to it.
+        monitor: The `AlignmentMonitor` whose values become columns.
+        keep: The number of checkpoints that are kept, at least 1.
+        terminated: Whether the program was asked to end.
+        agree: What several workers make of a question; all of them ask at the
+            same steps.
+        writes: Whether this is the worker that writes.
 
     Raises:
         Stopped: At the end of the step under way, when the program was asked
@@ -155,12 +146,12 @@ class RunWriter(keras.callbacks.Callback):
             newest = self.folder / "model.keras"
             os.replace(self.progress.checkpoint, newest)
             self.progress.checkpoint = newest
-        self._begin_history()  # there may be nothing left to train
+        self._write_history()  # there may be nothing left to train
 
     def on_train_begin(self, logs=None):
-        self._begin_history()
+        self._write_history()
 
-    def _begin_history(self) -> None:
+    def _write_history(self) -> None:
         """Writes the rows that there are, under all columns that will be."""
         # A run that is continued may measure more or less than it did before.
         measured = ["loss", *self.metrics]
@@ -177,11 +168,10 @@ class RunWriter(keras.callbacks.Callback):
         columns |= dict.fromkeys(c for r in self.progress.rows for c in r)
         if self.monitor is not None:
             columns |= dict.fromkeys(self.monitor.columns)
-        self.columns = list(columns)
 
         def write(aside: Path) -> None:
             with aside.open("w", newline="") as file:
-                writer = csv.DictWriter(file, self.columns)
+                writer = csv.DictWriter(file, list(columns))
                 writer.writeheader()
                 writer.writerows(self.progress.rows)
 
@@ -232,9 +222,7 @@ class RunWriter(keras.callbacks.Callback):
         self._check(logs)
         self.progress.rows.append(row)
         self.progress.partial = Partial()
-        if self.writes:
-            with (self.folder / "history.csv").open("a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
+        self._write_history()
         self._save()
         if self.begun.step:
             self.model.stop_training = True
@@ -322,11 +310,7 @@ def finish_epoch(
 ) -> None:
     """The end of an epoch that was left when all of its steps were done.
 
-    Args:
-        model: The model, as it was left.
-        progress: How far it is.
-        callbacks: As `fit` would be given them.
-        evaluate: Evaluates the model on the validation images, with callbacks.
+    Args as of `run.fit`, and what evaluates the model on the validation images.
     """
     events = keras.callbacks.CallbackList(callbacks, model=model)
     events.on_train_begin()

@@ -165,14 +165,7 @@ def cell(column: str, method: str) -> list[str]:
 def write(
     column: str, method: str, remarks: Sequence[str], arguments: Sequence[str]
 ) -> None:
-    """Writes the flag file of a cell.
-
-    Args:
-        column: Of the table.
-        method: Its row.
-        remarks: Lines on where the recipe comes from.
-        arguments: Of main.py.
-    """
+    """Writes the flag file of a cell, with remarks on where it comes from."""
     lines = [f"{METHODS[method].title}, column {column}.", *remarks]
     text = "\n".join([*(f"# {line}" for line in lines), *arguments, ""])
     file = file_of(column, method)
@@ -201,15 +194,10 @@ def name(argument: str) -> str:
 
 
 def refuse(arguments: list[str], names: Sequence[str], why: str) -> None:
-    """Refuses flags of main.py that are settled otherwise.
-
-    Args:
-        arguments: Flags as they are given.
-        names: Of those to refuse.
-        why: A sentence for the message.
+    """Refuses arguments that are flags of some names, and says why.
 
     Raises:
-        UserError: If one of `names` is among the arguments.
+        UserError: If there is one.
     """
     for argument in arguments:
         if name(argument) in names:
@@ -235,24 +223,16 @@ def define_flags(values: flags.FlagValues) -> None:
     define.enum(
         "column", None, list(COLUMNS), "Column of the table.", required=True
     )
-    define.list(
+    commandline.define_names(
+        values,
         "methods",
         None,
+        METHODS,
         "Rows of the table, separated by commas. By default all of the "
         "column's.",
     )
 
 
 def chosen_methods(column: str, names: list[str] | None) -> list[str]:
-    """The methods that a user names, or else all of the column's.
-
-    Raises:
-        UserError: If a name is unknown.
-    """
-    for method in names or []:
-        if method not in METHODS:
-            raise UserError(
-                f"--methods: unknown method {method!r}. Allowed: "
-                f"{', '.join(METHODS)}."
-            )
+    """The methods that a user names, or else all of the column's."""
     return list(dict.fromkeys(names or COLUMNS[column].methods))

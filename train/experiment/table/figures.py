@@ -253,12 +253,6 @@ def write(
 ) -> list[Path]:
     """Draws a figure of `FIGURES` into a folder, as PNG and SVG.
 
-    Args:
-        name: In `FIGURES`.
-        column: Data set and network.
-        ours: Method to our runs.
-        folder: Where to.
-
     Returns:
         The files; none where there is nothing to draw.
     """

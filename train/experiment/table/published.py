@@ -72,7 +72,7 @@ _ABOUT_PAPER = {
     ("imagenet2012", "imagenet_1"): f"{_OUR_NETWORK}a small "
     "convnet after Bartunov et al. (2018).",
     ("imagenet2012", "imagenet_2"): f"{_OUR_NETWORK}AlexNet without local "
-    "response normalisation. The source prints the Const. figures under "
+    "response normalization. The source prints the Const. figures under "
     "ImageNet 1, where they make no sense.",
 }
 

@@ -43,12 +43,7 @@ LEGEND = (
 
 
 def table(column: Task, ours: dict[str, Cell]) -> str:
-    """A data set and network as Markdown.
-
-    Args:
-        column: Data set and network.
-        ours: Method to our runs.
-    """
+    """A data set and network as Markdown, of our runs by method."""
     sources = published(column)
     marked = no_better_than_frozen(ours)
     rows = rows_of(column, ours)

@@ -5,7 +5,6 @@ processes can work on one sweep: a run that another one is at is passed over.
 """
 
 import csv
-import json
 import math
 import signal
 import statistics
@@ -75,11 +74,7 @@ def job(
 ) -> Job:
     """The job of a command line of main.py.
 
-    Args:
-        name: What it is called on the console.
-        arguments: Of main.py.
-        finished: A folder with folders of runs, which count if they are
-            finished. Default `None`: there is none but --runs_dir.
+    It may be done already in --runs_dir, or in the folder `finished`.
 
     Raises:
         UserError: If main.py would refuse the command line.
@@ -101,7 +96,7 @@ def job(
 def result(job: Job) -> dict[str, Any] | None:
     """What a finished job has come to; `None` while it is not finished."""
     for folder in (job.folder, job.finished):
-        found = folder and _read_result(folder)
+        found = folder and checkpoint.result_of(folder)
         if found is not None and not conflict(job, folder):
             return found
     return None
@@ -118,22 +113,11 @@ def is_done(job: Job) -> bool:
     )
 
 
-def _read_result(folder: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((folder / "result.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 def conflict(job: Job, folder: Path | None = None) -> str:
     """What tells the run in a folder from the job; nothing if it is it.
 
     A run of another recipe or length is no part of the sweep, and is not to be
-    taken for one.
-
-    Args:
-        job: The job.
-        folder: Of a run. Default: the job's.
+    taken for one. The folder is the job's own by default.
     """
     folder = folder or job.folder
     found = checkpoint.settings_of(folder)
@@ -172,14 +156,12 @@ def conflict(job: Job, folder: Path | None = None) -> str:
 def run(jobs: Sequence[Job], deadline: float = math.inf) -> dict[str, Failure]:
     """Does all jobs that no other process is at or has done.
 
-    The first seeds come first, and of one seed what is done soonest. It ends
-    early where a second job fails for the very reason of a first one: the
-    others would, too.
+    The first seeds come first, and of one seed what is done soonest. Where a
+    job diverges, or its folder is to blame, the others go on. Any other
+    failure would be theirs, too, and ends it.
 
-    Args:
-        jobs: The jobs.
-        deadline: As `time.monotonic` has it. No job is begun that would not
-            be finished by then, as long as an epoch takes. Default: none.
+    No job is begun that would not be finished by the deadline, a time of
+    `time.monotonic`, as long as its epochs take.
 
     Returns:
         The jobs that failed, by their names.
@@ -218,11 +200,11 @@ def _run(jobs: Sequence[Job], deadline: float) -> dict[str, Failure]:
         failure = _do(job, jobs, failed)
         if failure is None:
             continue
-        again = failure in failed.values()
         failed[job.name] = failure
-        print(f"{job.name}: failed. {failure.reason}", flush=True)
-        if again:
+        its_own = failure.reason.startswith(str(job.folder))
+        if not failure.diverged and not its_own:
             return failed
+        print(f"{job.name}: failed. {failure.reason}", flush=True)
     if todo:
         times = paces(jobs)
         named = [
@@ -230,7 +212,8 @@ def _run(jobs: Sequence[Job], deadline: float) -> dict[str, Failure]:
         ]
         print(f"Not enough time is left for {', '.join(named)}.")
     if held := [job for job in missing() if job not in todo]:
-        print(f"Other processes are at {', '.join(job.name for job in held)}.")
+        names = ", ".join(job.name for job in held)
+        print(f"Left to other processes, which are training them: {names}.")
     elif not failed and not todo:
         print(f"All {len(jobs)} runs are finished.")
     return failed
@@ -352,13 +335,8 @@ def paces(jobs: Sequence[Job]) -> dict[tuple[str, ...], float]:
 def seconds_of(job: Job, times: dict[tuple[str, ...], float]) -> float:
     """An estimate of the time that is left of a job that is not finished.
 
-    Args:
-        job: The job.
-        times: As `paces` gives them. A kind without one takes as long as the
-            others do on average.
-
-    Returns:
-        NaN if there are no paces.
+    By the `paces`, of which a kind without one has the others' average; NaN
+    if there are none.
     """
     if not times:
         return float("nan")

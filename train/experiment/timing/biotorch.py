@@ -59,11 +59,7 @@ def check() -> None:
 class BioTorch:
     """BioTorch's counterpart of a stock Keras model, in a process of its own.
 
-    Args:
-        model: A Keras model, a chain of layers.
-        mode: One of the values of `MODES`.
-        batch_size: Images a step.
-        steps: Steps in a block.
+    The model is a chain of layers, the mode a value of `MODES`.
 
     Raises:
         UserError: If the model has a layer that is not known here, or if

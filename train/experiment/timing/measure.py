@@ -7,6 +7,7 @@ from typing import Any
 
 import keras_fa
 from experiment.devices.one import Share
+from experiment.errors import one_line
 from experiment.timing import biotorch
 from experiment.timing.memory import bytes_of
 from experiment.timing.memory import operations_of
@@ -33,10 +34,7 @@ def measure(
 ) -> dict[str, Any]:
     """Times all methods on one network under one dtype policy.
 
-    Args:
-        network: One of `NETWORKS`.
-        dtype_policy: One of `DTYPE_POLICIES`.
-        peaks: The peak of memory of each row, where it is known.
+    Of the rows whose peak of memory is known it is told, too.
 
     Returns:
         An entry of `results` in the JSON file.
@@ -47,7 +45,7 @@ def measure(
         try:
             timed[name] = converted(stock, name, FLAGS.feedback_maps)
         except ValueError as wrong:
-            left_out[name] = " ".join(str(wrong).split())
+            left_out[name] = one_line(wrong)
     extra = {
         name: bytes_of(model) - bytes_of(stock) for name, model in timed.items()
     }
@@ -116,7 +114,7 @@ def measure(
 
 
 def measure_input(photos: Any) -> dict[str, Any]:
-    """Times the input of ImageNet, with two ways to decode.
+    """Times the input of ImageNet.
 
     Args:
         photos: A `photos.Photos`.
@@ -124,49 +122,25 @@ def measure_input(photos: Any) -> dict[str, Any]:
     Returns:
         The entry `input` in the JSON file.
     """
-    import tensorflow as tf
-
-    def cut_whole(photo: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
-        whole = tf.io.decode_jpeg(photo, channels=3)
-        y, x, height, width = tf.unstack(window)
-        return whole[y : y + height, x : x + width]
-
     size = FLAGS.batch_size
-    run = {
-        "share": Share(),
-        "batch_size": size,
-        "steps_per_epoch": photos.training_images // size,
-        "seed": 0,
-        "first_step": 0,
-        "epochs": 1_000_000,
-    }
-    seconds, order = in_turn(
-        {
-            "windows decoded": Input(photos.training(**run), FLAGS.steps),
-            "whole photos decoded": Input(
-                photos.training(**run, decode=cut_whole), FLAGS.steps
-            ),
-        },
-        FLAGS.rounds,
+    batches = photos.training(
+        Share(),
+        batch_size=size,
+        steps_per_epoch=photos.training_images // size,
+        seed=0,
+        first_step=0,
+        epochs=1_000_000,
     )
-    rows = []
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        rows.append(
-            {
-                "name": name,
-                "seconds_per_step": times,
-                "median_seconds": median,
-                "images_per_second": size / median,
-                "images_per_second_and_core": size / median / cores(),
-                "ours_is_faster_by": spread(times, seconds["windows decoded"]),
-            }
-        )
+    timed = Input(batches, FLAGS.steps)
+    times = [timed.block() for _ in range(1 + FLAGS.rounds)][1:]
+    median = statistics.median(times)
     return {
         "image_size": INPUT_SIZE,
         "photos": photos.training_images,
-        "rows": rows,
-        "order": order,
+        "seconds_per_step": times,
+        "median_seconds": median,
+        "images_per_second": size / median,
+        "images_per_second_and_core": size / median / cores(),
     }
 
 

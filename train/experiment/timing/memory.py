@@ -19,6 +19,7 @@ from keras_fa.layers.feedback import all_variables
 from keras_fa.methods import METHODS
 
 MEMORY_STEPS = 3
+STATUS = Path("/proc/self/status")  # of Linux
 
 
 def bytes_of(model: keras.Model) -> int:
@@ -60,12 +61,14 @@ def accelerator() -> str | None:
     return None if device.platform == "cpu" else device.device_kind
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held so far."""
+def peak_bytes() -> int | None:
+    """The most memory that this process has held; `None` if it is not known."""
     if accelerator() is None:
-        # psutil tells no peak on Linux, and getrusage's is at first that of
-        # the parent.
-        status = Path("/proc/self/status").read_text().split()
+        # getrusage's is at first that of the parent.
+        try:
+            status = STATUS.read_text().split()
+        except OSError:
+            return None
         return 1024 * int(status[status.index("VmHWM:") + 1])
     if BACKEND == "tensorflow":
         import tensorflow as tf
@@ -87,7 +90,7 @@ def peak_of_training(
     feedback_maps: str,
     batch_size: int,
     steps_per_execution: int,
-) -> int:
+) -> int | None:
     """What building and training a model adds to this process's peak."""
     warm_up = keras.Sequential([keras.Input((1,)), keras.layers.Dense(2)])
     train_few_steps(warm_up, [], 1, 1)  # the backend's own memory
@@ -98,7 +101,7 @@ def peak_of_training(
         model = converted(model, method, feedback_maps)
         callbacks = METHODS[method].callbacks()
     train_few_steps(model, callbacks, batch_size, steps_per_execution)
-    return peak_bytes() - before
+    return None if before is None else peak_bytes() - before
 
 
 def train_few_steps(
@@ -117,7 +120,7 @@ def peak_in_new_process(*arguments: Any) -> int | None:
     """`peak_of_training` in a process of its own.
 
     Returns:
-        The bytes, or `None` for a model that does not fit into memory.
+        The bytes; `None` if they are not known, or do not fit into memory.
     """
     with concurrent.futures.ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn")

@@ -14,25 +14,32 @@ MONITOR = f"alignment monitor, {PROBE_SIZE} images"
 FLAGS = flags.FlagValues()
 define = commandline.definers(FLAGS)
 
-define.list(
+commandline.define_names(
+    FLAGS,
     "networks",
     ["cifar10_1", "cifar10_2"],
-    f"Networks, of {', '.join(NETWORKS)}.",
+    NETWORKS,
+    "Networks, separated by commas.",
 )
 
-define.list(
+commandline.define_names(
+    FLAGS,
     "methods",
     list(METHODS),
-    f"Methods, of {', '.join(METHODS)}. The stock model is always there; a "
-    "method whose maps do not fit into memory is left out, with a line that "
-    "says so.",
+    METHODS,
+    "Methods. The stock model is always there; a method whose maps do not fit "
+    "into memory is left out, with a line that says so.",
+    least=1,
 )
 
-define.list(
+commandline.define_names(
+    FLAGS,
     "dtype_policies",
     ["float32", "mixed_bfloat16"],
-    f"Policies, of {', '.join(DTYPE_POLICIES)}. On a CPU without bfloat16 "
-    "arithmetic a convolution's gradients take some 30 times as long in it.",
+    DTYPE_POLICIES,
+    "Policies. On a CPU without bfloat16 arithmetic a convolution's gradients "
+    "take some 30 times as long in it.",
+    least=1,
 )
 
 define.integer("batch_size", 128, "Images a step.", lower_bound=1)
@@ -107,23 +114,6 @@ define.string(
 define.string(
     "out", "runs/benchmark", "Where to write: <out>.json and <out>.md."
 )
-
-for _name, _allowed in {
-    "networks": NETWORKS,
-    "methods": METHODS,
-    "dtype_policies": DTYPE_POLICIES,
-}.items():
-    flags.register_validator(
-        _name,
-        lambda given, allowed=_allowed: set(given) <= set(allowed),
-        "not one of those there are",
-        flag_values=FLAGS,
-    )
-
-for _name in ("methods", "dtype_policies"):
-    flags.register_validator(
-        _name, bool, "there has to be one", flag_values=FLAGS
-    )
 
 flags.register_multi_flags_validator(
     ["networks", "input"],

@@ -76,20 +76,10 @@ def table(result: dict[str, Any]) -> str:
 def input_table(result: dict[str, Any]) -> str:
     """The entry `input` as Markdown."""
     size = result["image_size"]
-    heads = ["input", "images/s", "images/s a core"]
-    rows = [
-        [
-            row["name"],
-            f"{row['images_per_second']:,.0f}",
-            f"{row['images_per_second_and_core']:,.0f}",
-            _spread(row["ours_is_faster_by"]),
-        ]
-        for row in result["rows"]
-    ]
-    heads += ["ours is faster by (quartiles)"]
     return (
         f"## input, {result['photos']:,d} photos of ImageNet to {size}x{size}"
-        f"\n\n{markdown.table(heads, rows, 'right')}\n"
+        f"\n\n{result['images_per_second']:,.0f} images/s, "
+        f"{result['images_per_second_and_core']:,.0f} a core\n"
     )
 
 
@@ -108,7 +98,7 @@ def _number(value: float | None, form: str) -> str:
 
 def _memory(value: int | None, stock: int | None) -> str:
     if value is None or not stock:
-        return "-"
+        return "not measured"
     return f"{value / 2**20:,.0f} MiB ({value / stock:.2f})"
 
 
@@ -116,6 +106,9 @@ def report(results: dict[str, Any]) -> str:
     """The Markdown file."""
     machine, versions = results["machine"], results["versions"]
     git = results["git"] or {"commit": "not known", "dirty": False}
+    memory = "memory not measured"
+    if machine["memory_bytes"]:
+        memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
     settings = results["settings"]
     environment = [f"{k}={v}" for k, v in results["environment"].items()]
     return "\n".join(
@@ -123,9 +116,8 @@ def report(results: dict[str, Any]) -> str:
             "# Benchmark\n",
             f"- command: `{' '.join([*environment, *results['command']])}`",
             f"- date: {results['date']}",
-            f"- machine: {machine['cpu']}, {machine['cores']} cores, "
-            f"{machine['memory_bytes'] / 2**30:.0f} GiB, accelerator: "
-            f"{machine['accelerator'] or 'none'}",
+            f"- machine: {machine['cpu']}, {machine['cores']} cores, {memory}, "
+            f"accelerator: {machine['accelerator'] or 'none'}",
             "- versions: "
             + ", ".join(f"{name} {v}" for name, v in versions.items()),
             f"- commit: {git['commit']}"
@@ -152,7 +144,9 @@ def surroundings() -> dict[str, Any]:
             "cpu": _cpu(),
             "cores": cores(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE")
-            * os.sysconf("SC_PHYS_PAGES"),
+            * os.sysconf("SC_PHYS_PAGES")
+            if hasattr(os, "sysconf")
+            else None,
             "accelerator": accelerator(),
         },
         "versions": {

@@ -36,14 +36,7 @@ NETWORKS: dict[str, Callable[[], keras.Model]] = {
 
 @dataclasses.dataclass
 class Trainee:
-    """A compiled model that trains block by block.
-
-    Args:
-        model: A compiled model.
-        callbacks: Its method's callbacks, the same in all blocks.
-        batch: Images and labels.
-        steps: Steps in a block.
-    """
+    """A compiled model that trains on one batch, in blocks of some steps."""
 
     model: keras.Model
     callbacks: list[keras.callbacks.Callback]
@@ -90,13 +83,7 @@ class Timer(keras.callbacks.Callback):
 
 @dataclasses.dataclass
 class Predictor:
-    """A model that predicts block by block.
-
-    Args:
-        model: A compiled model.
-        batch: Images and labels, of which the images are predicted.
-        steps: Batches in a block.
-    """
+    """A compiled model that predicts one batch, in blocks of some steps."""
 
     model: keras.Model
     batch: tuple[np.ndarray, np.ndarray]
@@ -115,12 +102,7 @@ class Predictor:
 
 
 class Monitor:
-    """The alignment of a model, measured on a probe.
-
-    Args:
-        model: A compiled model with FA layers.
-        probe: Images and labels.
-    """
+    """The alignment of a compiled model, measured on a probe."""
 
     def __init__(
         self, model: keras.Model, probe: tuple[np.ndarray, np.ndarray]
@@ -137,12 +119,7 @@ class Monitor:
 
 @dataclasses.dataclass
 class Input:
-    """Batches that are made and dropped.
-
-    Args:
-        batches: A `tf.data.Dataset`.
-        steps: Batches in a block.
-    """
+    """Batches of a `tf.data.Dataset` that are made and dropped."""
 
     batches: Any
     steps: int
@@ -203,7 +180,7 @@ def forever(batch: tuple[np.ndarray, np.ndarray]) -> Any:
 def random_batch(
     model: keras.Model, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Standardised images of random pixels, and labels, for a model."""
+    """Standardized images of random pixels, and labels, for a model."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (size, *model.input_shape[1:]))
     images = ((pixels - 127.5) / 73.9).astype("float32")
