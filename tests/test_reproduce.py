@@ -496,6 +496,31 @@ def test_failed_run_is_named_and_the_others_go_on(tmp_path, capfd):
     assert (tmp_path / "digits-digits-fa-s0" / "result.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("reasons", "begun"),
+    [
+        (["--method=bp: no such rule", "exit status -9", "{}: damaged"], 3),
+        (["--data_dir=x: no such folder"], 1),
+        (["exit status -9", "exit status -9"], 2),
+    ],
+)
+def test_what_is_not_one_runs_fault_ends_all(
+    reasons, begun, tmp_path, monkeypatch
+):
+    where = f"--runs_dir={tmp_path}"
+    jobs = [
+        sweep.job(name, [*columns.cell("digits", name), where])
+        for name in ("bp", "fa", "dfa")
+    ]
+    left = iter(reasons)
+
+    def fail(job, *_):
+        return sweep.Failure(next(left).format(job.folder), diverged=False)
+
+    monkeypatch.setattr(sweep, "_do", fail)
+    assert len(sweep.run(jobs)) == begun
+
+
 @pytest.mark.usefixtures("forked")
 def test_without_data_one_run_says_so_once(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(commandline, "FLAGFILES", tmp_path)

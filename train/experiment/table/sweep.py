@@ -29,6 +29,9 @@ from experiment.runfolder import lock
 
 PROGRAM = Path(__file__).resolve().parents[2] / "main.py"
 POLL_SECONDS = 1.0
+# How reasons begin that are no other run's: a method that does not fit the
+# network or memory, and a process that was killed.
+ITS_OWN = ("--method=", "--feedback_maps=", "exit status")
 
 
 class Job(NamedTuple):
@@ -157,8 +160,9 @@ def run(jobs: Sequence[Job], deadline: float = math.inf) -> dict[str, Failure]:
     """Does all jobs that no other process is at or has done.
 
     The first seeds come first, and of one seed what is done soonest. Where a
-    job diverges, or its folder is to blame, the others go on. Any other
-    failure would be theirs, too, and ends it.
+    job diverges, or its method or folder is to blame, the others go on. Any
+    other failure would be theirs, too, and ends it, and so does the same reason
+    for a second time.
 
     No job is begun that would not be finished by the deadline, a time of
     `time.monotonic`, as long as its epochs take.
@@ -200,9 +204,10 @@ def _run(jobs: Sequence[Job], deadline: float) -> dict[str, Failure]:
         failure = _do(job, jobs, failed)
         if failure is None:
             continue
+        again = failure in failed.values()
         failed[job.name] = failure
-        its_own = failure.reason.startswith(str(job.folder))
-        if not failure.diverged and not its_own:
+        its_own = failure.reason.startswith((str(job.folder), *ITS_OWN))
+        if again or not (failure.diverged or its_own):
             return failed
         print(f"{job.name}: failed. {failure.reason}", flush=True)
     if todo:
