@@ -100,7 +100,9 @@ def seen(model: keras.Model) -> dict[str, np.ndarray]:
 
 def trained(model: keras.Model, case: str) -> dict[str, np.ndarray]:
     """A model's weights after one update of SGD, inside `fit`."""
-    model.compile(keras.optimizers.SGD(0.5), "mse")
+    # On TensorFlow tracing takes longer than a step.
+    eagerly = OWN == "tensorflow"
+    model.compile(keras.optimizers.SGD(0.5), "mse", run_eagerly=eagerly)
     callbacks = METHODS[CASES[case][0]].callbacks()
     model.fit(X, Y, batch_size=4, verbose=0, callbacks=callbacks)
     # What constraints remember is a weight on one of the backends alone.

@@ -235,13 +235,13 @@ def test_wrong_processes(
 
 def start_processes(
     *command_lines: str, environment: tuple[dict, dict] = ({}, {})
-) -> list[forks.Fork]:
+) -> list[subprocess.Popen]:
     """Two processes that run the same command lines, `{index}` filled in."""
     (port,) = free_ports(1)
     told = dict(zip(devices.PROCESSES, (f"127.0.0.1:{port}", "2")))
     train = str(Path(main.__file__).parent)
     return [
-        forks.Fork(
+        subprocess.Popen(
             [
                 sys.executable,
                 str(WORKER),
@@ -256,6 +256,7 @@ def start_processes(
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            text=True,
         )
         for index in range(2)
     ]
