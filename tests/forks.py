@@ -21,8 +21,10 @@ from typing import TextIO
 import keras
 
 ROOT = Path(__file__).resolve().parents[1]
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload([keras.backend.backend(), "keras"])
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [keras.backend.backend(), "keras", "sklearn.model_selection"]
+)
 
 
 class Fork:
@@ -32,9 +34,16 @@ class Fork:
         command: The interpreter, a program or `-c` and code, and arguments.
         cwd: The folder that it runs in. Default: this process's.
         env: Its environment. Default: this process's.
-        stdout: An open file for its output. Default: none.
+        stdout: An open file for its output, or `subprocess.PIPE`: what
+            `communicate` returns. Default: none.
         stderr: The same of its errors.
+        group: Whether it, with the forks of its own that its program makes,
+            is a process group, which can be killed. Default: it is of the
+            server's.
     """
+
+    _context = SERVER
+    _passed = staticmethod(lambda file: _Passed(file))
 
     def __init__(
         self,
@@ -43,22 +52,31 @@ class Fork:
         env: Mapping[str, str] | None = None,
         stdout: TextIO | int = subprocess.DEVNULL,
         stderr: TextIO | int = subprocess.DEVNULL,
+        group: bool = False,
     ) -> None:
+        self._said = [
+            tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as this
+            if file == subprocess.PIPE
+            else None
+            for file in (stdout, stderr)
+        ]
         with open(os.devnull, "w") as nowhere:
-            _serve(nowhere.fileno())
+            if self._context is SERVER:
+                _serve(nowhere.fileno())
             files = [
-                _Passed(nowhere if file == subprocess.DEVNULL else file)
-                for file in (stdout, stderr)
+                self._passed(nowhere if file == subprocess.DEVNULL else file)
+                for file in (self._said[0] or stdout, self._said[1] or stderr)
             ]
-            self._process = _SERVER.Process(
+            self._process = self._context.Process(
                 target=_main,
                 args=(
                     list(map(str, command[1:])),
                     str(cwd or Path.cwd()),
                     dict(os.environ if env is None else env),
                     files,
+                    group,
                 ),
-                daemon=True,
+                daemon=not group,  # or it could have none of its own
             )
             self._process.start()
 
@@ -82,9 +100,30 @@ class Fork:
         assert self.returncode is not None, f"still there after {timeout} s"
         return self.returncode
 
+    def communicate(self, timeout: float | None = None) -> tuple:
+        """Waits for its end; its output and its errors."""
+        self.wait(timeout)
+        return tuple(
+            file and (file.seek(0) or file.read()) for file in self._said
+        )
+
     def terminate(self) -> None:
         """Sends it SIGTERM, if it is there."""
         self._process.terminate()
+
+    def kill(self) -> None:
+        """Sends it SIGKILL, if it is there."""
+        self._process.kill()
+
+
+class OwnFork(Fork):
+    """The same, as a fork of this process and in its process group.
+
+    For programs that are forks themselves, and run nothing of the backend.
+    """
+
+    _context = multiprocessing.get_context("fork")
+    _passed = staticmethod(lambda file: file.fileno())
 
 
 def run(
@@ -92,19 +131,18 @@ def run(
 ) -> subprocess.CompletedProcess:
     """Runs a program, or `-c` and code; what `subprocess.run` returns."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with (
-        tempfile.TemporaryFile("w+") as output,
-        tempfile.TemporaryFile("w+") as errors,
-    ):
-        process = Fork(
-            [sys.executable, *command], cwd, environment, output, errors
-        )
-        try:
-            status = process.wait(timeout)
-        finally:
-            process.terminate()
-        said = [file.seek(0) or file.read() for file in (output, errors)]
-    return subprocess.CompletedProcess(command, status, *said)
+    process = Fork(
+        [sys.executable, *command],
+        cwd,
+        environment,
+        subprocess.PIPE,
+        subprocess.PIPE,
+    )
+    try:
+        said = process.communicate(timeout)
+    finally:
+        process.terminate()
+    return subprocess.CompletedProcess(command, process.returncode, *said)
 
 
 def _serve(nowhere: int) -> None:
@@ -133,8 +171,14 @@ def _descriptor(passed: Any) -> int:
 
 
 def _main(
-    command: list[str], cwd: str, env: dict[str, str], files: list[int]
+    command: list[str],
+    cwd: str,
+    env: dict[str, str],
+    files: list[int],
+    group: bool,
 ) -> None:
+    if group:
+        os.setsid()
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

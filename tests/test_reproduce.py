@@ -33,6 +33,7 @@ from experiment.errors import Busy
 from experiment.errors import UserError
 from experiment.runfolder import lock
 from experiment.table import columns
+from experiment.table import figures
 from experiment.table import sweep
 from experiment.table.grid import Grid
 from keras_fa.layers.direct import SendError
@@ -56,12 +57,6 @@ def begin(program, *arguments):
     )
 
 
-def output_of(process):
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    return output
-
-
 def config_of(*arguments):
     commandline.parse(settings.FLAGS, ["main.py", *arguments])
     return settings.given()
@@ -76,12 +71,24 @@ def forked(monkeypatch):
 # From end to end.
 
 
+# A sweep in a process of its own; its runs are forks of it.
+SWEEP = """
+import os, sys
+import forks, reproduce
+from experiment.table import sweep
+sweep.subprocess.Popen = forks.OwnFork
+sys.exit(reproduce.run(["reproduce.py", *sys.argv[1:]]))
+"""
+
+
 @pytest.mark.slow
 @long_on_jax
-def test_reproduction(tmp_path, capfd):
+@pytest.mark.usefixtures("forked")
+def test_reproduction(tmp_path, capfd, monkeypatch):
     """Two methods, at once and in pieces: one table."""
     column = ["--column=digits", "--methods=bp,fa_usf_sn", "--seeds=1"]
-    column += ["--epochs=2"]
+    column += ["--epochs=2", "--batch_size=128"]
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.05)  # an epoch is short
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     at_once = ["reproduce.py", *column, f"--runs_dir={whole}"]
     assert reproduce.run(at_once) == 0
@@ -96,29 +103,35 @@ def test_reproduction(tmp_path, capfd):
 
     # Killed with all it has started, as soon as an epoch is on the disk.
     in_pieces = [*column, f"--runs_dir={pieces}"]
-    killed = begin("reproduce.py", *in_pieces)
+    command = [sys.executable, "-c", SWEEP, *in_pieces]
+    killed = forks.Fork(command, group=True)
     first = pieces / "digits-digits-bp-s0"
     while not (first / "model.keras").exists() and killed.poll() is None:
         time.sleep(0.01)
     os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    killed.wait()
     assert not (first / "result.json").exists()
     # Continued by two processes, which do not get into each other's way.
-    other = begin("reproduce.py", *in_pieces)
-    assert reproduce.run(["reproduce.py", *in_pieces]) == 0
-    output = output_of(other) + capfd.readouterr().out
+    with (tmp_path / "log").open("w+") as log:
+        other = forks.Fork(command, stdout=log, stderr=log, group=True)
+        assert reproduce.run(["reproduce.py", *in_pieces]) == 0
+        assert other.wait(600) == 0
+    output = (tmp_path / "log").read_text() + capfd.readouterr().out
     ended = set(re.findall(r"\] (.+): test error", output))
-    assert len(ended) == 2
+    assert ended == {"digits bp seed 0", "digits fa_usf_sn seed 0"}
 
     tables = []
     for folder in (whole, pieces):
-        assert report.run(["report.py", str(folder)]) == 0
+        with monkeypatch.context() as patch:
+            if folder is whole:
+                patch.setattr(figures, "FIGURES", {})
+            assert report.run(["report.py", str(folder)]) == 0
         tables.append((folder / "report" / "table.md").read_text())
         assert tables[-1].strip() in capfd.readouterr().out
-        for name in ("errors", "learning_curves", "angles"):
-            for suffix in ("png", "svg"):
-                figure = f"digits-digits-{name}.{suffix}"
-                assert (folder / "report" / figure).stat().st_size > 5000
+    for name in ("errors", "learning_curves", "angles"):
+        for suffix in ("png", "svg"):
+            figure = f"digits-digits-{name}.{suffix}"
+            assert (pieces / "report" / figure).stat().st_size > 5000
     assert tables[0] == tables[1]
     assert tables[0].count("(n=1)") == 2
     assert reproduce.run(at_once) == 0

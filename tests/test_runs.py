@@ -21,6 +21,7 @@ import keras
 import main
 import numpy as np
 import pytest
+import small
 from backends import long_on_jax
 from backends import requires_tensorflow
 from filelock import FileLock
@@ -28,6 +29,7 @@ from filelock import FileLock
 from experiment import commandline
 from experiment import files
 from experiment import model as models
+from experiment import networks
 from experiment import settings
 from experiment.errors import Diverged
 from experiment.errors import Stopped
@@ -97,6 +99,14 @@ def terminate_at(monkeypatch, event, epoch, index=None, by=signal.SIGTERM):
         unpatched(self, *arguments, **logs)
 
     monkeypatch.setattr(writer.RunWriter, event, terminated)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def network():
+    """A network of two layers in place of digits' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(networks.NETWORKS, "digits", small.NETWORKS["digits"])
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -310,7 +320,7 @@ def launch(tmp_path):
     """Starts the program in a process of its own, which may be killed."""
     with (tmp_path / "log").open("a") as log:
         yield lambda *arguments: forks.Fork(
-            [sys.executable, main.__file__, *COMMON, *arguments],
+            [sys.executable, small.__file__, *COMMON, *arguments],
             stdout=log,
             stderr=log,
         )
@@ -325,17 +335,17 @@ def checkpoint_of(folder):
         return None
 
 
-def wait_for(happens, seconds=600):
+def wait_for(happens, pause, seconds=600):
     """However slow the machine is; a program that hangs is ended."""
     deadline = time.monotonic() + seconds
     while not happens():
         assert time.monotonic() < deadline
-        time.sleep(0.001)
+        time.sleep(pause)
 
 
 def wait_for_a_checkpoint(folder):
     last = checkpoint_of(folder)
-    wait_for(lambda: checkpoint_of(folder) not in (None, last))
+    wait_for(lambda: checkpoint_of(folder) not in (None, last), 0.01)
 
 
 @pytest.mark.slow
@@ -353,11 +363,11 @@ def test_killed_at_20_moments(launch, tmp_path):
         if i % 4:
             wait_for_a_checkpoint(killed)
             if i % 4 == 1:
-                wait_for(aside.exists)  # at once: it is there for a moment
+                wait_for(aside.exists, 0.001)  # it is there for a moment
             else:
                 time.sleep(moments.uniform(0, 0.05))
         else:
-            time.sleep(moments.uniform(0, 4))
+            time.sleep(moments.uniform(0, 2))
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         writing += aside.exists()
@@ -579,7 +589,7 @@ def assert_full(folder, errors, place):
 
 @long_on_jax
 def test_file_that_is_too_large(copy, whole, small_files, capfd):
-    small_files(1_000_000)  # the checkpoint's, not the history's
+    small_files(200_000)  # the checkpoint's, not the history's
     status = begin(copy.parent, "--resume")
     small_files(resource.RLIM_INFINITY)
     assert status == 1
@@ -613,25 +623,27 @@ def disk(tmp_path):
 
 @long_on_jax
 @pytest.mark.slow
-@pytest.mark.parametrize("event", ["on_train_begin", "on_epoch_end"])
-def test_full_disk(event, disk, left, whole, monkeypatch, capfd):
+def test_full_disk(disk, left, whole, monkeypatch, capfd):
+    """At the start, and at the next checkpoint after that."""
     folder = Path(shutil.copytree(left, disk / NAME))
-    unpatched = getattr(writer.RunWriter, event)
+    for event in ("on_train_begin", "on_epoch_end"):
+        unpatched = getattr(writer.RunWriter, event)
 
-    def filled(self, *arguments):
-        with (disk / "other").open("wb", buffering=0) as file:
-            while True:
-                try:
-                    file.write(bytes(4096))
-                except OSError:
-                    break
-        unpatched(self, *arguments)
+        def filled(self, *arguments, unpatched=unpatched):
+            with (disk / "other").open("wb", buffering=0) as file:
+                while True:
+                    try:
+                        file.write(bytes(4096))
+                    except OSError:
+                        break
+            unpatched(self, *arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(writer.RunWriter, event, filled)
-        assert begin(disk, "--resume", "--alignment_every=1") == 1
-    (disk / "other").unlink()
-    assert_full(folder, capfd.readouterr().err, "in epoch 2, after step 4")
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.RunWriter, event, filled)
+            assert begin(disk, "--resume", "--alignment_every=1") == 1
+        (disk / "other").unlink()
+        errors = capfd.readouterr().err
+        assert_full(folder, errors, "in epoch 2, after step 4")
     assert begin(disk, "--resume") == 0
     assert_same(folder, whole)
 

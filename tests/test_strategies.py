@@ -131,10 +131,7 @@ def mirrored(strategy, network, monkeypatch):
 
 @pytest.mark.parametrize(
     "method",
-    [
-        METHODS[0],
-        *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[1:]),
-    ],
+    [METHODS[0], pytest.param(METHODS[2], marks=pytest.mark.slow)],
 )
 def test_two_replicas_equal_one_device(method, mirrored, alone, tmp_path):
     arguments = ["--strategy=mirrored", "--steps_per_execution=2"]
@@ -154,18 +151,20 @@ def test_replicas_are_stopped_and_go_on(
     unpatched = writer.RunWriter.on_train_batch_end
     monkeypatch.setattr(writer.RunWriter, "on_train_batch_end", unpatched)
     workers.stop_at(4)
+    method = METHODS[1]
     arguments = ["--strategy=mirrored", "--resume"]
-    assert begin(tmp_path, "fa_usf_sn", *arguments) == 0
+    assert begin(tmp_path, method, *arguments) == 0
     assert "stopped in epoch 2, after step 4" in capfd.readouterr().out
     monkeypatch.setattr(writer.RunWriter, "on_train_batch_end", unpatched)
-    assert begin(tmp_path, "fa_usf_sn", *arguments) == 0
-    assert_close(folder_of(tmp_path, "fa_usf_sn"), alone("fa_usf_sn"))
+    assert begin(tmp_path, method, *arguments) == 0
+    assert_close(folder_of(tmp_path, method), alone(method))
 
 
 @pytest.mark.slow
 def test_scaled_loss_is_resumed(mirrored, tmp_path):
     """The state of mixed_float16's optimizer is there once."""
     arguments = ["--strategy=mirrored", "--dtype_policy=mixed_float16"]
+    arguments += ["--batch_size=600", "--alignment_every=0"]
     assert begin(tmp_path, "fa_usf_sn", *arguments, "--epochs=1") == 0
     assert begin(tmp_path, "fa_usf_sn", *arguments, "--resume") == 0
     assert len(history(folder_of(tmp_path, "fa_usf_sn"))) == 2
@@ -254,7 +253,7 @@ def start_workers(tmp_path, *command_lines, environment=({}, {})):
         }
         train = str(Path(main.__file__).parent)
         processes.append(
-            subprocess.Popen(
+            forks.Fork(
                 [
                     sys.executable,
                     str(WORKER),
@@ -273,7 +272,6 @@ def start_workers(tmp_path, *command_lines, environment=({}, {})):
                 },
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                text=True,
             )
         )
     return processes
@@ -287,11 +285,29 @@ def ended(processes):
 
 @pytest.mark.slow
 def test_two_workers_equal_one_device(alone, tmp_path):
+    """Stopped by SIGTERM to one of them, inside an epoch, and uninterrupted.
+
+    What the chief refuses ends both.
+    """
+    first, *others = METHODS
     chief, other = ended(
-        start_workers(tmp_path, *(f"--method={method}" for method in METHODS))
+        start_workers(
+            tmp_path,
+            f"--method={first} --resume",
+            f"--method={first} --resume",
+            *(f"--method={method}" for method in others),
+            f"--method={first}",
+            environment=({}, {"STOP": "4"}),
+        )
     )
-    assert chief[0] == other[0] == 0, (chief[2], other[2])
-    assert "Test error" in chief[1]
+    for index, (status, output, errors) in enumerate((chief, other)):
+        assert status == 1
+        assert "stopped in epoch 2, after step 4" in output
+        assert "1 of 2 epochs are trained, and 4 of 10 steps" in output
+        assert len(errors.splitlines()) == 1
+        assert "this run exists already. Add --resume" in errors
+        assert ("Worker 0 refused" in errors) == bool(index)
+    assert chief[1].count("Test error") == 3
     assert "Test error" not in other[1]
     for method in METHODS:
         assert_close(folder_of(tmp_path / "0", method), alone(method))
@@ -299,7 +315,7 @@ def test_two_workers_equal_one_device(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_lost_worker(alone, tmp_path):
+def test_lost_worker(tmp_path):
     """The other one says so, and the job goes on from its checkpoint."""
     processes = start_workers(tmp_path, "--epochs=100")
     rows = folder_of(tmp_path / "0", "fa_usf_sn") / "history.csv"
@@ -319,20 +335,6 @@ def test_lost_worker(alone, tmp_path):
         assert status == 0, errors
         assert f"{done} of {done + 1} epochs are trained" in output
     assert len(history(rows.parent)) == done + 1
-
-
-@pytest.mark.slow
-def test_workers_are_stopped_and_go_on(alone, tmp_path):
-    """By SIGTERM to one of them, inside an epoch."""
-    arguments = [tmp_path, "--method=fa_usf_sn --resume"]
-    stopped = ended(start_workers(*arguments, environment=({}, {"STOP": "4"})))
-    for status, output, errors in stopped:
-        assert (status, errors) == (0, "")
-        assert "stopped in epoch 2, after step 4" in output
-    for status, output, errors in ended(start_workers(*arguments)):
-        assert (status, errors) == (0, "")
-        assert "1 of 2 epochs are trained, and 4 of 10 steps" in output
-    assert_close(folder_of(tmp_path / "0", "fa_usf_sn"), alone("fa_usf_sn"))
 
 
 def test_workers_with_different_flags(tmp_path, monkeypatch, capfd):
@@ -355,19 +357,6 @@ def test_workers_with_different_flags(tmp_path, monkeypatch, capfd):
     assert len(errors.splitlines()) == 1
     assert "different flags (here: --optimizer)" in errors
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_refusal_of_the_chief_ends_all(tmp_path):
-    folder = folder_of(tmp_path / "0", "fa_usf_sn")
-    folder.mkdir(parents=True)
-    for index, (status, _, errors) in enumerate(
-        ended(start_workers(tmp_path, ""))
-    ):
-        assert status == 1
-        assert "this run exists already. Add --resume" in errors
-        assert len(errors.splitlines()) == 1
-        assert ("Worker 0 refused" in errors) == bool(index)
 
 
 TASK = {"type": "worker", "index": 0}
