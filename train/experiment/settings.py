@@ -265,9 +265,7 @@ TABLE = (
         "Whose signs an E/I method fixes. synapse: those of W_0; unit: all "
         "weights out of a presynaptic unit have one that is drawn for it "
         "(Dale's law). With unit add --normalization=batch where filters see "
-        "one channel, for all of a filter's weights have one sign there: "
-        "fa_usf_init_ei has 18.3 % test error on digits without it, 1.4 % "
-        "with it.",
+        "one channel, for all of a filter's weights have one sign there.",
     ),
     _recipe(
         "dropout",
