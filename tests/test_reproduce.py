@@ -267,6 +267,13 @@ def test_job_is_finished_by_a_run_that_is_older_than_a_setting(job):
         ("mnist", "mnist", BEYOND, HALF, 8),
         ("cifar10_1", "cifar10_1", None, HALF, 12),
         (
+            "cifar10_1_muon",
+            "cifar10_1",
+            None,
+            f"{HALF} --optimizer=muon --learning_rate=0.003 --weight_decay=0.1",
+            4,
+        ),
+        (
             "cifar10_1_15_epochs",
             "cifar10_1",
             None,
